@@ -79,7 +79,9 @@ class WeightFormat(Enum):
         """Bytes of one row of `columns` weights. Raises ValueError unless the blocks fill the row exactly."""
         blocks, rest = divmod(columns, self.block_size)
         if rest:
-            raise ValueError(f"a row of {columns} weights is not a multiple of {self.name}'s block of {self.block_size}")
+            raise ValueError(
+                f"a row of {columns} weights is not a multiple of {self.name}'s block of {self.block_size}"
+            )
         return blocks * self.block_bytes
 
     def __repr__(self) -> str:
