@@ -1,0 +1,30 @@
+"""Gated activations of the feed-forward network."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 1024
+
+
+@triton.jit
+def swiglu_kernel(gate, up, output, width, gate_stride, up_stride, BLOCK: tl.constexpr):
+    """One program a token and BLOCK features."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < width
+    g = tl.load(gate + token * gate_stride + columns, mask=mask, other=0.0)
+    u = tl.load(up + token * up_stride + columns, mask=mask, other=0.0)
+    tl.store(output + token * width + columns, g / (1.0 + tl.exp(-g)) * u, mask=mask)
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up (T, F) float32, contiguous (Shazeer, 2020). Rows may be strided: both may be halves of one product."""
+    tokens, width = gate.shape
+    output = torch.empty((tokens, width), dtype=torch.float32, device=gate.device)
+    swiglu_kernel[(tokens, triton.cdiv(width, BLOCK))](
+        gate, up, output, width, gate.stride(0), up.stride(0), BLOCK=BLOCK
+    )
+    return output
