@@ -9,7 +9,6 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, alone or split into N
 from __future__ import annotations
 
 import contextlib
-import itertools
 import mmap
 import os
 import re
@@ -17,6 +16,7 @@ import stat
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -230,7 +230,7 @@ class _Part:
                 )
             tensors.append(TensorInfo(name, shape, format, nbytes, start, part=0))
         in_place = sorted(tensors, key=lambda tensor: tensor.offset)
-        for before, after in itertools.pairwise(in_place):
+        for before, after in pairwise(in_place):
             if after.offset < before.offset + before.nbytes:
                 header.fail(f"tensor {quoted(after.name)} overlaps tensor {quoted(before.name)}; the file is damaged")
         return tensors
@@ -240,11 +240,12 @@ class _Part:
         header = self.header
         name = header.name(f"the name of tensor {index}", MAX_TENSOR_NAME_BYTES)
         what = f"tensor {quoted(name)}"
-        (n_dimensions,) = header.numbers("<I", what)
+        entry = f"the entry of {what}"
+        (n_dimensions,) = header.numbers("<I", entry)
         if n_dimensions > MAX_DIMENSIONS:
             header.fail(f"{what} has {n_dimensions} dimensions; GGML knows at most {MAX_DIMENSIONS}")
-        dimensions = header.numbers(f"<{n_dimensions}Q", what)
-        type_id, offset = header.numbers("<IQ", what)
+        dimensions = header.numbers(f"<{n_dimensions}Q", entry)
+        type_id, offset = header.numbers("<IQ", entry)
         shape = dimensions[::-1] or (1,)  # to GGML a scalar is a vector of one
         if 0 in shape:
             header.fail(f"{what} has the shape {shape}; a dimension cannot be 0")

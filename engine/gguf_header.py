@@ -10,8 +10,10 @@ Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Iterator, Mapping
 from enum import IntEnum
+from itertools import pairwise
 from mmap import mmap
 from typing import Any, NoReturn
 
@@ -77,6 +79,7 @@ class Header:
         self._file_name = file_name
         self._limit = min(len(data), MAX_HEADER_BYTES)
         self._values = 0
+        self._string_starts: dict[int, array[int]] = {}
 
     def fail(self, problem: str) -> NoReturn:
         """Raises GGUFError with the file's name before the problem."""
@@ -162,34 +165,54 @@ class Header:
         # The one loop that a large vocabulary makes long: hence local names, and one check after it. A length that
         # leads outside the file makes the next read fail, or the final position lie past the end.
         data, position, length_at = self.data, self.position, _LENGTH.unpack_from
+        starts = array("q")
+        add = starts.append
         try:
             for _ in range(count):
+                add(position)
                 position += 8 + length_at(data, position)[0]
         except (struct.error, OverflowError):
             position += 8
         self.require_room(position - self.position, what)
+        add(position)
+        self._string_starts[self.position] = starts
         self.position = position
 
     def _items(self, kind: ValueType, count: int, position: int) -> tuple[Any, int]:
         """`count` checked items of one kind from `position` on, and the position after them."""
-        data = self.data
-        items: list[Any] = []
         if kind is ValueType.STRING:
-            length_at = _LENGTH.unpack_from
-            for _ in range(count):
-                start = position + 8
-                position = start + length_at(data, position)[0]
-                items.append(data[start:position].decode("utf-8", "surrogateescape"))
-            return items, position
+            starts = np.array(self._string_starts[position])
+            return self._strings(starts), int(starts[-1])
         if kind is ValueType.ARRAY:
+            arrays = []
             for _ in range(count):
-                item_kind, item_count = _ARRAY_HEAD.unpack_from(data, position)
-                item, position = self._items(ValueType(item_kind), item_count, position + _ARRAY_HEAD.size)
-                items.append(item)
-            return items, position
+                item_kind, item_count = _ARRAY_HEAD.unpack_from(self.data, position)
+                items, position = self._items(ValueType(item_kind), item_count, position + _ARRAY_HEAD.size)
+                arrays.append(items)
+            return arrays, position
         dtype = _DTYPES[kind]
         # Copied: the map may then be closed, and numbers in a header are rarely aligned.
-        return np.frombuffer(data, dtype, count, position).copy(), position + count * dtype.itemsize
+        return np.frombuffer(self.data, dtype, count, position).copy(), position + count * dtype.itemsize
+
+    def _strings(self, starts: np.ndarray) -> list[str]:
+        """The strings whose length fields lie at `starts`, the last of which is the end of the last string.
+
+        All are decoded at once, which takes half the time of decoding each: every length field becomes one byte 0xFF,
+        which UTF-8 never uses, and the text is split there. Where the strings hold that byte, each is decoded alone.
+        """
+        first, end = int(starts[0]), int(starts[-1])
+        raw = np.frombuffer(self.data, np.uint8, end - first, first).copy()
+        fields = starts[:-1] - first
+        keep = np.ones(len(raw), bool)
+        for byte in range(1, 8):
+            keep[fields + byte] = False
+        raw[fields] = 0xFF
+        joined = raw[keep].tobytes()
+        if joined.count(b"\xff") == len(fields):
+            return joined.decode("utf-8", "surrogateescape").split("\udcff")[1:]
+        return [
+            self.data[start + 8 : end].decode("utf-8", "surrogateescape") for start, end in pairwise(starts.tolist())
+        ]
 
 
 class Metadata(Mapping[str, Any]):
