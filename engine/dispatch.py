@@ -99,6 +99,13 @@ def operations(layout: Layout) -> Operations:
     return cast(Operations, importlib.import_module(_BACKENDS[layout]))
 
 
+def set_threads(count: int) -> None:
+    """How many threads the CPU's kernels use. Raises RequestError for a count below 1."""
+    if count < 1:
+        raise RequestError(f"The number of threads must be at least 1, not {count}.")
+    importlib.import_module(_BACKENDS["blocks"]).set_threads(count)
+
+
 def matmul(x: torch.Tensor, weights: Sequence[Weight], precision: Precision) -> list[torch.Tensor]:
     """x (T, K) float32 -> [x @ W.T (T, N)] for weights that share their layout, device and K."""
     products = operations(weights[0].layout).matmul(x, weights, precision)

@@ -1,0 +1,135 @@
+"""Caches: what a layer declares, and the pages that hold it.
+
+A layer says what it must remember of each position (`KeyValueSpec`); the engine allocates one tensor a layer, cut into
+pages of PAGE_SIZE positions. Sequences own lists of pages, the same indices in every layer. A full page is known by
+the tokens up to its end, so that a later prompt with the same beginning takes it over instead of computing it again.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+
+PAGE_SIZE = 64
+
+
+@dataclass(frozen=True)
+class KeyValueSpec:
+    """A layer's keys and values at every position: widths of its heads."""
+
+    kv_heads: int
+    key_size: int
+    value_size: int
+
+    def page_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of one page of this layer."""
+        return PAGE_SIZE * self.kv_heads * (self.key_size + self.value_size) * dtype.itemsize
+
+    def allocate(self, pages: int, dtype: torch.dtype, device: torch.device) -> KeyValueCache:
+        """Zeroed, because masked positions are multiplied by zero and must not be NaN."""
+        keys, values = (
+            torch.zeros(pages, self.kv_heads, PAGE_SIZE, size, dtype=dtype, device=device)
+            for size in (self.key_size, self.value_size)
+        )
+        return KeyValueCache(keys, values)
+
+
+@dataclass(frozen=True)
+class KeyValueCache:
+    """One layer's pages: keys (P, G, PAGE_SIZE, D) and values (P, G, PAGE_SIZE, Dv)."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+def pages_for(positions: int) -> int:
+    """How many pages hold this many positions."""
+    return -(-positions // PAGE_SIZE)
+
+
+class PagePool:
+    """Which pages are free, which are shared, and which computed prefix each full page ends.
+
+    Freed pages keep their contents until they are handed out again, least recently used first.
+    """
+
+    def __init__(self, pages: int) -> None:
+        self.size = pages
+        self._owners = [0] * pages
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(pages))
+        self._page_of: dict[int, int] = {}
+        self._prefix_of: dict[int, tuple[int, tuple[int, ...]]] = {}
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that can be handed out now."""
+        return len(self._free)
+
+    def allocate(self, count: int) -> list[int]:
+        """Takes `count` pages; the caller has checked that they are free."""
+        pages = []
+        for _ in range(count):
+            page, _ = self._free.popitem(last=False)
+            self._forget(page)
+            self._owners[page] = 1
+            pages.append(page)
+        return pages
+
+    def release(self, pages: list[int]) -> None:
+        """Gives up one ownership of each page. Later pages of a prefix are reused before earlier ones."""
+        for page in reversed(pages):
+            self._owners[page] -= 1
+            if not self._owners[page]:
+                self._free[page] = None
+
+    def remember(self, pages: list[int], tokens: list[int], start: int, stop: int) -> None:
+        """Makes pages[start:stop], full with these tokens of a sequence, known to later prompts."""
+        key = self._key_before(pages, start)
+        for index in range(start, stop):
+            if key is None:
+                return
+            content = tuple(tokens[index * PAGE_SIZE : (index + 1) * PAGE_SIZE])
+            parent, key = key, hash((key, content))
+            page = pages[index]
+            if page in self._prefix_of:
+                continue
+            if key in self._page_of:
+                return
+            self._page_of[key] = page
+            self._prefix_of[page] = (key, (parent, *content))
+
+    def match(self, tokens: list[int]) -> list[int]:
+        """The longest run of known pages that begins like `tokens`, leaving at least one token to compute."""
+        pages: list[int] = []
+        key = 0
+        for index in range((len(tokens) - 1) // PAGE_SIZE):
+            content = tuple(tokens[index * PAGE_SIZE : (index + 1) * PAGE_SIZE])
+            parent, key = key, hash((key, content))
+            page = self._page_of.get(key)
+            if page is None or self._prefix_of[page][1] != (parent, *content):
+                break
+            pages.append(page)
+        return pages
+
+    def idle(self, pages: list[int]) -> int:
+        """How many of these pages nobody owns: sharing them takes them from the free ones."""
+        return sum(not self._owners[page] for page in pages)
+
+    def share(self, pages: list[int]) -> None:
+        """Adds an owner to pages that `match` found."""
+        for page in pages:
+            self._free.pop(page, None)
+            self._owners[page] += 1
+
+    def _key_before(self, pages: list[int], index: int) -> int | None:
+        if index == 0:
+            return 0
+        entry = self._prefix_of.get(pages[index - 1])
+        return entry[0] if entry else None
+
+    def _forget(self, page: int) -> None:
+        entry = self._prefix_of.pop(page, None)
+        if entry:
+            del self._page_of[entry[0]]

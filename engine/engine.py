@@ -1,0 +1,125 @@
+"""The engine: model, caches and scheduler, driven one step at a time by whoever waits for a result.
+
+There is no background thread. Every caller adds its sequences and then takes steps under the lock until they are done;
+a step serves the sequences of all callers, so several threads share one batch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as List
+from typing import Any
+
+import torch
+
+from trichord.batch import Batch
+from trichord.cache import PagePool
+from trichord.decoder import Decoder
+from trichord.device import memory_errors
+from trichord.dispatch import Precision
+from trichord.outputs import TokenLogprobs
+from trichord.sampling import report_logprobs, sample
+from trichord.scheduler import Chunk, Scheduler
+from trichord.sequence import Sequence
+
+
+class Engine:
+    """Runs sequences to their ends.
+
+    `pages` cache pages of `kv_dtype` are allocated for every layer where the layer lies. `piece` gives a token's text,
+    for log-probability reports.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        precision: Precision,
+        kv_dtype: torch.dtype,
+        pages: int,
+        max_batch_tokens: int,
+        max_sequences: int,
+        piece: Callable[[int], str],
+    ) -> None:
+        self.model = model
+        self.precision = precision
+        self.scheduler = Scheduler(PagePool(pages), max_batch_tokens, max_sequences)
+        self._piece = piece
+        self._lock = threading.Lock()
+        with memory_errors("allocating the key-value cache"):
+            self.caches = [
+                layer.attention.cache.allocate(pages, kv_dtype, layer.place.device) for layer in model.layers
+            ]
+
+    def run(self, sequences: List[Sequence]) -> Iterator[None]:
+        """Adds the sequences and yields after every step until all have finished.
+
+        Sequences that have not finished when the iterator is closed, or when a step fails, are aborted.
+        """
+        with self._lock:
+            for sequence in sequences:
+                self.scheduler.add(sequence)
+        try:
+            while not all(sequence.finished for sequence in sequences):
+                with self._lock:
+                    if not all(sequence.finished for sequence in sequences):  # another thread's step may have done it
+                        self._step()
+                yield
+        finally:
+            self.abort(sequences)
+
+    def abort(self, sequences: List[Sequence]) -> None:
+        """Ends those of the sequences that are still going, and frees their pages."""
+        with self._lock:
+            for sequence in sequences:
+                if not sequence.finished:
+                    sequence.finish("abort")
+                    self.scheduler.retire(sequence)
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        chunks = self.scheduler.schedule()
+        with memory_errors("computing a step"):
+            logits = self.model.forward(Batch.of(chunks), self.caches, self.precision)
+        parts = torch.split(logits, [chunk.logit_rows for chunk in chunks])
+        reports = [self._prompt_report(chunk, part) for chunk, part in zip(chunks, parts, strict=True)]
+        drawn = self._draw([(c.sequence, part[-1]) for c, part in zip(chunks, parts, strict=True) if c.draws])
+        # Nothing has changed until here, so that a step that was interrupted or failed can be taken again.
+        for chunk, report in zip(chunks, reports, strict=True):
+            self._commit(chunk, report, drawn.get(chunk.sequence))
+
+    def _prompt_report(self, chunk: Chunk, logits: torch.Tensor) -> list[Any]:
+        sequence = chunk.sequence
+        if not sequence.owes_prompt_results:
+            return []
+        if sequence.prompt_report == "logits":
+            return list(logits.float().cpu().numpy())
+        # Row i predicts token i + 1; what the last row of the prompt predicts is drawn, not reported.
+        following = sequence.tokens[chunk.start + 1 : chunk.end + 1]
+        report = report_logprobs(logits[: len(following)], following, sequence.params.prompt_logprobs, self._piece)
+        return [*report, None] if chunk.completes else report
+
+    def _draw(self, rows: list[tuple[Sequence, torch.Tensor]]) -> dict[Sequence, tuple[int, TokenLogprobs | None]]:
+        if not rows:
+            return {}
+        sequences = [sequence for sequence, _ in rows]
+        raw = torch.stack([row for _, row in rows])
+        tokens = sample(raw.clone(), sequences)
+        drawn = {}
+        for sequence, row, token in zip(sequences, raw, tokens, strict=True):
+            count = sequence.params.logprobs
+            entries = None if count is None else report_logprobs(row[None], [token], count, self._piece)[0]
+            drawn[sequence] = (token, entries)
+        return drawn
+
+    def _commit(self, chunk: Chunk, report: list[Any], drawn: tuple[int, TokenLogprobs | None] | None) -> None:
+        sequence = chunk.sequence
+        sequence.prompt_results += report
+        self.scheduler.computed(chunk)
+        if drawn is not None:
+            sequence.append(*drawn)
+        elif chunk.completes:
+            sequence.finish("length")
+        if sequence.finished:
+            self.scheduler.retire(sequence)

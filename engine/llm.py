@@ -1,0 +1,353 @@
+"""`LLM`: a GGUF file, ready to generate. Prompts go in, text comes out; everything between is the engine's."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as List
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from trichord.cache import PAGE_SIZE, pages_for
+from trichord.chat_template import ChatTemplate
+from trichord.completion_text import CompletionText
+from trichord.decoder import Decoder
+from trichord.device import CPU, Place, resolve
+from trichord.dispatch import PRECISIONS, Precision, set_threads
+from trichord.engine import Engine
+from trichord.errors import DeviceError, RequestError, TokenizerError
+from trichord.gguf_file import GGUFFile
+from trichord.model_config import ModelConfig
+from trichord.outputs import RequestOutput
+from trichord.progress import progress_bar
+from trichord.sampling_params import SamplingParams
+from trichord.sequence import Sequence
+from trichord.tokenizer import Tokenizer
+
+Prompt: TypeAlias = str | List[int]
+
+DEMO_MODEL = Path(__file__).parent / "demo" / "tales.gguf"
+
+_KV_DTYPES = {"f32": torch.float32, "f16": torch.float16}
+
+
+class LLM:
+    """A model loaded from one GGUF file.
+
+    path: the file, any part of a split one, or None for the demo model. device: "auto", "cpu", "cuda" or "cuda:N".
+    precision: "exact" (float32 throughout), "default" or "fast". context_length: None is the model's own. gpu_layers:
+    how many layers, counted from the last, go to the GPU; None is all. kv_dtype: "f32" or "f16"; None is float32 for
+    "exact", else float16. threads: CPU threads; None follows the machine. max_batch_tokens and max_sequences bound a
+    step; cache_bytes bounds the key-value cache (None: what a full step of sequences can use, within the memory free).
+    progress: whether to show bars on standard error; None is where that is a terminal.
+
+    Raises GGUFError, ModelError, DeviceError or RequestError. May be used from several threads.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        device: str = "auto",
+        precision: Precision = "default",
+        context_length: int | None = None,
+        gpu_layers: int | None = None,
+        kv_dtype: str | torch.dtype | None = None,
+        threads: int | None = None,
+        max_batch_tokens: int = 512,
+        max_sequences: int = 64,
+        cache_bytes: int | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        started = time.perf_counter()
+        if precision not in PRECISIONS:
+            raise RequestError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}.")
+        for name, value in (("max_batch_tokens", max_batch_tokens), ("max_sequences", max_sequences)):
+            if value < 1:
+                raise RequestError(f"{name} must be at least 1, not {value}.")
+        place = resolve(device)
+        if threads is not None:
+            set_threads(threads)
+        self._progress = progress
+        self.file = GGUFFile(DEMO_MODEL if path is None else path)
+        self.config = ModelConfig.from_gguf(self.file)
+        self.tokenizer, self._no_tokenizer = _tokenizer(self.file)
+        self.context_length = _context(context_length, self.config)
+        places = _places(place, gpu_layers, self.config.layers)
+        outer = place if places[0] == place else CPU
+        size = sum(tensor.nbytes for tensor in self.file.tensors.values())
+        with progress_bar("Loading", size, "bytes", progress) as advance:
+            self.model = Decoder(self.file, self.config, places, outer, advance)
+        dtype = _kv_dtype(kv_dtype, precision)
+        self._engine = Engine(
+            self.model,
+            precision=precision,
+            kv_dtype=dtype,
+            pages=self._pages(dtype, max_sequences, cache_bytes),
+            max_batch_tokens=max_batch_tokens,
+            max_sequences=max_sequences,
+            piece=self.tokenizer.piece if self.tokenizer else str,
+        )
+        self.load_seconds = time.perf_counter() - started
+
+    def generate(
+        self,
+        prompts: Prompt | List[Prompt],
+        params: SamplingParams | List[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Completes one prompt or many, text or token ids; results come in the prompts' order.
+
+        params: one for all prompts or one each. Raises RequestError, before anything is computed, for a prompt that is
+        empty, too long for the context or out of the vocabulary, and TokenizerError for text the file cannot encode.
+        """
+        prompts = _prompt_list(prompts)
+        each = list(params) if isinstance(params, (list, tuple)) else [params or SamplingParams()] * len(prompts)
+        if len(each) != len(prompts):
+            raise RequestError(f"{len(each)} sampling parameters were given for {len(prompts)} prompts.")
+        requests = [self._request(prompt, param) for prompt, param in zip(prompts, each, strict=True)]
+        self._run([sequence for request in requests for sequence in request])
+        return [_output(prompt, request) for prompt, request in zip(prompts, requests, strict=True)]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> TextStream:
+        """Completes one prompt, yielding its text as it comes, never half a character."""
+        params = params or SamplingParams()
+        if params.n != 1:
+            raise RequestError("stream() yields one completion: n must be 1.")
+        (sequence,) = self._request(prompt, params)
+        return TextStream(self._engine, prompt, sequence)
+
+    def chat(
+        self,
+        messages: List[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        tools: List[Mapping[str, Any]] | None = None,
+        **template_arguments: Any,
+    ) -> RequestOutput:
+        """Answers a conversation of {"role", "content"} messages, laid out by the file's own chat template.
+
+        Raises TemplateError when the template fails, besides what `generate` raises.
+        """
+        prompt = self.chat_prompt(messages, tools=tools, **template_arguments)
+        (output,) = self.generate([prompt], params)
+        return output
+
+    def chat_prompt(
+        self,
+        messages: List[Mapping[str, Any]],
+        *,
+        tools: List[Mapping[str, Any]] | None = None,
+        **template_arguments: Any,
+    ) -> list[int]:
+        """The token ids that the chat template makes of a conversation, up to where the answer begins."""
+        tokenizer = self._require_tokenizer()
+        template = ChatTemplate.from_gguf(self.file, tokenizer)
+        text = template.render(messages, add_generation_prompt=True, tools=tools, **template_arguments)
+        ids = tokenizer.encode(text, add_special=True, parse_special=True)
+        # Most templates write the beginning-of-sequence token that the tokenizer adds too.
+        doubled = tokenizer.bos_id is not None and ids[:2] == [tokenizer.bos_id] * 2
+        return ids[1:] if doubled else ids
+
+    def logits(self, token_ids: List[int]) -> np.ndarray:
+        """The logits (n_tokens, n_vocab) float32 after each of these tokens; needs no tokenizer."""
+        ids = self._checked(token_ids, room=0)
+        sequence = Sequence(
+            ids,
+            SamplingParams(),
+            CompletionText(None, ()),
+            frozenset(),
+            len(ids),
+            generates=False,
+            prompt_report="logits",
+        )
+        self._run([sequence])
+        return np.stack(sequence.prompt_results)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of packed weights that stay resident."""
+        return self.model.weight_bytes
+
+    def _request(self, prompt: Prompt, params: SamplingParams) -> list[Sequence]:
+        ids = self._checked(self._encode(prompt) if isinstance(prompt, str) else prompt, room=1)
+        named = [*params.stop_token_ids, *(params.logit_bias or ())]
+        if named and max(named) >= self.model.vocabulary:
+            raise RequestError(f"Token id {max(named)} is outside the vocabulary of {self.model.vocabulary}.")
+        ends = self.tokenizer.stop_ids if self.tokenizer and not params.ignore_eos else frozenset()
+        limit = self.context_length
+        if params.max_tokens is not None:
+            limit = min(limit, len(ids) + params.max_tokens)
+        return [
+            Sequence(
+                list(ids),
+                params,
+                CompletionText(self.tokenizer.detokenizer() if self.tokenizer else None, params.stop),
+                ends | set(params.stop_token_ids),
+                limit,
+                index=index,
+                prompt_report="logprobs" if params.prompt_logprobs is not None and index == 0 else None,
+            )
+            for index in range(params.n)
+        ]
+
+    def _encode(self, text: str) -> list[int]:
+        if not text:
+            raise RequestError("The prompt is empty.")
+        return self._require_tokenizer().encode(text)
+
+    def _checked(self, token_ids: List[int], room: int) -> list[int]:
+        try:
+            ids = [int(token) for token in token_ids]
+        except (TypeError, ValueError):
+            raise RequestError(f"A prompt is text or a list of token ids, not {token_ids!r:.80}.") from None
+        if not ids:
+            raise RequestError("The prompt is empty.")
+        outside = [token for token in ids if not 0 <= token < self.model.vocabulary]
+        if outside:
+            raise RequestError(f"Token id {outside[0]} is outside the vocabulary of {self.model.vocabulary}.")
+        if len(ids) + room > self.context_length:
+            raise RequestError(
+                f"The prompt has {len(ids)} tokens, but the context holds {self.context_length}"
+                f"{' with at least one to generate' if room else ''}: shorten the prompt or raise context_length."
+            )
+        return ids
+
+    def _require_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise TokenizerError(self._no_tokenizer)
+        return self.tokenizer
+
+    def _run(self, sequences: List[Sequence]) -> None:
+        with progress_bar("Generating", len(sequences), "completions", self._progress) as advance:
+            finished = 0
+            for _ in self._engine.run(sequences):
+                now = sum(sequence.finished for sequence in sequences)
+                advance(now - finished)
+                finished = now
+
+    def _pages(self, dtype: torch.dtype, max_sequences: int, cache_bytes: int | None) -> int:
+        """How many cache pages to allocate; shortens the context when not even one fits in memory."""
+        of_context = pages_for(self.context_length)
+        pages = of_context * max_sequences
+        per_place: dict[Place, int] = {}
+        for layer in self.model.layers:
+            per_place[layer.place] = per_place.get(layer.place, 0) + layer.attention.cache.page_bytes(dtype)
+        for place, page_bytes in per_place.items():
+            budget = cache_bytes
+            if budget is None:
+                # The CPU's pages are only touched when used, but the memory is shared with everything else.
+                budget = place.free_bytes() * (0.85 if place.device.type == "cuda" else 0.25)
+            pages = min(pages, int(budget // page_bytes))
+        if pages < of_context:
+            needed = sum(per_place.values())
+            if pages < 1:
+                raise DeviceError(
+                    f"No memory for the key-value cache: {needed / 2**20:.1f} MiB hold {PAGE_SIZE} positions."
+                )
+            self.context_length = pages * PAGE_SIZE
+            warnings.warn(
+                f"The key-value cache has room for {self.context_length} of {of_context * PAGE_SIZE} positions "
+                f"({needed * of_context / 2**30:.1f} GiB would hold them all): the context is shortened to that.",
+                stacklevel=3,
+            )
+        return pages
+
+
+class TextStream(Iterator[str]):
+    """The text of one completion, piece by piece; closing it early aborts the completion.
+
+    prompt_seconds and generation_seconds: time to the first token, and from there to the last, as far as it has come.
+    """
+
+    def __init__(self, engine: Engine, prompt: Prompt, sequence: Sequence) -> None:
+        self._prompt = prompt
+        self._sequence = sequence
+        self._steps = engine.run([sequence])
+        self.prompt_seconds = 0.0
+        self.generation_seconds = 0.0
+
+    def __next__(self) -> str:
+        while True:
+            started = time.perf_counter()
+            alive = next(self._steps, self) is None
+            elapsed = time.perf_counter() - started
+            if len(self._sequence.completion_ids) > 1:
+                self.generation_seconds += elapsed
+            else:
+                self.prompt_seconds += elapsed
+            piece = self._sequence.text.take()
+            if piece:
+                return piece
+            if not alive:
+                raise StopIteration
+
+    @property
+    def output(self) -> RequestOutput:
+        """The request's output as far as it has come."""
+        return _output(self._prompt, [self._sequence])
+
+    def close(self) -> None:
+        """Aborts the completion if it is still going."""
+        self._steps.close()
+
+
+def _prompt_list(prompts: Prompt | List[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    prompts = list(prompts)
+    if prompts and not any(isinstance(prompt, str) or hasattr(prompt, "__len__") for prompt in prompts):
+        return [prompts]
+    return prompts
+
+
+def _output(prompt: Prompt, sequences: list[Sequence]) -> RequestOutput:
+    first = sequences[0]
+    reported = first.params.prompt_logprobs is not None
+    return RequestOutput(
+        prompt=prompt if isinstance(prompt, str) else None,
+        prompt_token_ids=first.tokens[: first.prompt_length],
+        outputs=[sequence.output() for sequence in sequences],
+        prompt_logprobs=[None, *first.prompt_results[:-1]] if reported else None,
+    )
+
+
+def _tokenizer(file: GGUFFile) -> tuple[Tokenizer | None, str]:
+    """The file's tokenizer, or why it has none that can be used: token ids work without."""
+    try:
+        return Tokenizer.from_gguf(file), ""
+    except TokenizerError as error:
+        return None, str(error)
+
+
+def _context(asked: int | None, config: ModelConfig) -> int:
+    if asked is None:
+        return config.context_length
+    if not 1 <= asked <= config.context_length:
+        raise RequestError(f"context_length must be from 1 to the model's {config.context_length}, not {asked}.")
+    return asked
+
+
+def _places(place: Place, gpu_layers: int | None, layers: int) -> list[Place]:
+    """Where each layer goes: the last `gpu_layers` of them to the GPU."""
+    if gpu_layers is None:
+        return [place] * layers
+    if gpu_layers < 0:
+        raise RequestError(f"gpu_layers must be 0 or more, not {gpu_layers}.")
+    if place == CPU and gpu_layers:
+        raise DeviceError(f"gpu_layers={gpu_layers} needs a GPU, and the device is the CPU.")
+    on_gpu = min(gpu_layers, layers)
+    return [CPU] * (layers - on_gpu) + [place] * on_gpu
+
+
+def _kv_dtype(asked: str | torch.dtype | None, precision: Precision) -> torch.dtype:
+    if asked is None:
+        return torch.float32 if precision == "exact" else torch.float16
+    dtype = _KV_DTYPES.get(asked) if isinstance(asked, str) else asked
+    if dtype not in _KV_DTYPES.values():
+        raise RequestError(f"kv_dtype {asked!r} is not one of {', '.join(_KV_DTYPES)}.")
+    return dtype

@@ -1,0 +1,140 @@
+"""The scheduler: which sequences compute how many tokens in the next step.
+
+Sequences join and leave at every step. Running ones come first, in the order they were admitted; what is left of the
+token budget admits waiting ones, as long as the pages of their whole prompt are free. Long prompts are cut to the
+budget. When a running sequence finds no page, the one admitted last gives up its pages and waits again: what it had
+computed is computed anew (or found in the pages it left behind).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from trichord.cache import PAGE_SIZE, PagePool, pages_for
+from trichord.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The tokens of a sequence from `start` to `end`, to be computed in one step."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+    @property
+    def count(self) -> int:
+        """How many tokens these are."""
+        return self.end - self.start
+
+    @property
+    def completes(self) -> bool:
+        """Whether this chunk reaches the last token that the sequence has."""
+        return self.end == len(self.sequence.tokens)
+
+    @property
+    def draws(self) -> bool:
+        """Whether the sequence's next token is drawn after this chunk."""
+        return self.completes and self.sequence.generates
+
+    @property
+    def logit_rows(self) -> int:
+        """How many of the chunk's last positions need logits: all of a reported prompt, else the one that draws."""
+        return self.count if self.sequence.owes_prompt_results else int(self.completes)
+
+
+class Scheduler:
+    """Waiting and running queues over one pool of pages."""
+
+    def __init__(self, pool: PagePool, max_batch_tokens: int, max_sequences: int) -> None:
+        self.pool = pool
+        self.max_batch_tokens = max_batch_tokens
+        self.max_sequences = max_sequences
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a sequence. Its limit must fit the pool, or it would wait forever."""
+        assert pages_for(sequence.limit) <= self.pool.size
+        self.waiting.append(sequence)
+
+    def schedule(self) -> list[Chunk]:
+        """The chunks of the next step, their pages taken; empty when there is nothing to do."""
+        chunks: list[Chunk] = []
+        budget = self.max_batch_tokens
+        for sequence in list(self.running):
+            if budget == 0:
+                break
+            if sequence not in self.running:  # preempted by one before it
+                continue
+            chunk = _next_chunk(sequence, budget)
+            if self._grow(sequence, chunk.end):
+                chunks.append(chunk)
+                budget -= chunk.count
+        while budget and self.waiting and len(self.running) < self.max_sequences:
+            sequence = self.waiting[0]
+            if not self._admit(sequence):
+                break
+            self.running.append(self.waiting.popleft())
+            chunks.append(_next_chunk(sequence, budget))
+            budget -= chunks[-1].count
+        return chunks
+
+    def computed(self, chunk: Chunk) -> None:
+        """Books a chunk whose keys and values are in the caches; its full pages become known to later prompts."""
+        sequence = chunk.sequence
+        sequence.computed = chunk.end
+        full = sequence.computed // PAGE_SIZE
+        self.pool.remember(sequence.pages, sequence.tokens, sequence.remembered_pages, full)
+        sequence.remembered_pages = full
+
+    def retire(self, sequence: Sequence) -> None:
+        """Takes a finished sequence out of its queue and gives its pages back."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        self._release(sequence)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        known = [] if sequence.owes_prompt_results else self.pool.match(sequence.tokens)
+        needed = pages_for(len(sequence.tokens)) - len(known)
+        if needed > self.pool.free_pages - self.pool.idle(known):
+            return False
+        self.pool.share(known)
+        sequence.pages = known + self.pool.allocate(needed)
+        sequence.computed = len(known) * PAGE_SIZE
+        sequence.remembered_pages = len(known)
+        return True
+
+    def _grow(self, sequence: Sequence, positions: int) -> bool:
+        """Gives the sequence pages for so many positions, preempting later ones; False if it had to yield itself."""
+        needed = pages_for(positions) - len(sequence.pages)
+        while needed > self.pool.free_pages:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        if needed > 0:
+            sequence.pages += self.pool.allocate(needed)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._release(sequence)
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.pages)
+        if sequence.owes_prompt_results:  # they will be computed from the start again
+            sequence.prompt_results.clear()
+        sequence.pages = []
+        sequence.computed = 0
+        sequence.remembered_pages = 0
+
+
+def _next_chunk(sequence: Sequence, budget: int) -> Chunk:
+    return Chunk(sequence, sequence.computed, min(len(sequence.tokens), sequence.computed + budget))
