@@ -228,7 +228,12 @@ def _info(options: argparse.Namespace) -> int:
 
 def printable(text: str) -> str:
     """Text for a terminal: control characters, which could drive it, are shown as their code."""
-    return "".join(c if c in "\n\t" or c.isprintable() or (c.isspace() and c > "\x20") else ascii(c)[1:-1] for c in text)
+
+    def shown(character: str) -> str:
+        harmless = character in "\n\t" or character.isprintable() or (character.isspace() and character > " ")
+        return character if harmless else ascii(character)[1:-1]
+
+    return "".join(map(shown, text))
 
 
 def _show_warning(message: Warning | str, *_: object) -> None:
