@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
+
 from trichord.errors import GGUFError
 from trichord.gguf_header import Header, Metadata, quoted
 from trichord.weight_format import WeightFormat

@@ -18,6 +18,7 @@ from mmap import mmap
 from typing import Any, NoReturn
 
 import numpy as np
+
 from trichord.errors import GGUFError
 
 MAX_HEADER_BYTES = 1 << 28  # a vocabulary of 262k tokens and 500k merges takes about 20 MB
