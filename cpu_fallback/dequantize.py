@@ -1,0 +1,119 @@
+"""Dequantization in NumPy: packed rows to float32, whole arrays at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from trichord.cpu_fallback.decode import DECODERS, chunk
+from trichord.weight_format import WeightFormat
+
+_PLAIN = {
+    WeightFormat.F64: "<f8",
+    WeightFormat.I8: "i1",
+    WeightFormat.I16: "<i2",
+    WeightFormat.I32: "<i4",
+    WeightFormat.I64: "<i8",
+}
+
+_TILE_BYTES = 1 << 20
+"""Packed bytes decoded at a time: the intermediate arrays stay in the cache."""
+
+
+class NumpyBlock:
+    """The vectors of a decode function (see `decode`) over many blocks at once: uint8 (blocks, block_bytes)."""
+
+    def __init__(self, data: np.ndarray) -> None:
+        self._data = data
+
+    def _load(self, offset: int, count: int, dtype: str) -> np.ndarray:
+        size = np.dtype(dtype).itemsize
+        return self._data[:, offset : offset + count * size].view(dtype)
+
+    def u8(self, offset: int, count: int = 1) -> np.ndarray:
+        """Unsigned bytes."""
+        return self._load(offset, count, "u1")
+
+    def i8(self, offset: int, count: int = 1) -> np.ndarray:
+        """Signed bytes."""
+        return self._load(offset, count, "i1")
+
+    def f16(self, offset: int, count: int = 1) -> np.ndarray:
+        """IEEE halves, as float32."""
+        return self._load(offset, count, "<f2").astype(np.float32)
+
+    def bf16(self, offset: int, count: int = 1) -> np.ndarray:
+        """The upper halves of float32 numbers, as float32."""
+        return (self._load(offset, count, "<u2").astype(np.uint32) << 16).view(np.float32)
+
+    def f32(self, offset: int, count: int = 1) -> np.ndarray:
+        """float32 numbers."""
+        return self._load(offset, count, "<f4").astype(np.float32, copy=False)
+
+    def signed(self, vector: np.ndarray) -> np.ndarray:
+        """The same bytes read as signed."""
+        return vector.view(np.int8)
+
+    def float(self, vector: np.ndarray) -> np.ndarray:
+        """The same numbers as float32."""
+        return vector.astype(np.float32)
+
+    def concat(self, *vectors: np.ndarray) -> np.ndarray:
+        """One after the other."""
+        return np.concatenate(vectors, axis=1)
+
+    def interleave(self, *vectors: np.ndarray) -> np.ndarray:
+        """The first of each, then the second of each, and so on."""
+        return np.stack(vectors, axis=-1).reshape(len(self._data), -1)
+
+
+def dequantize_rows(rows: np.ndarray, format: WeightFormat) -> np.ndarray:
+    """Packed rows (R, row_bytes) uint8 -> float32 (R, columns), for every known format.
+
+    Bit for bit ggml's values for the formats of `decode`. Raises ValueError when the bytes are not whole blocks.
+    """
+    blocks, rest = divmod(rows.shape[1], format.block_bytes)
+    if rest:
+        raise ValueError(f"a row of {rows.shape[1]} bytes is not a whole number of {format.name} blocks")
+    convert = _converter(format)
+    values = np.empty((len(rows), blocks * format.block_size), np.float32)
+    step = max(1, _TILE_BYTES // max(1, rows.shape[1]))
+    with np.errstate(all="ignore"):  # any bytes are a legal block; infinite scales are computed through
+        for first in range(0, len(rows), step):
+            values[first : first + step] = convert(np.ascontiguousarray(rows[first : first + step]))
+    return values
+
+
+def _converter(format: WeightFormat) -> Callable[[np.ndarray], np.ndarray]:
+    if format in _PLAIN:
+        return lambda rows: rows.view(_PLAIN[format])
+    if format in DECODERS:
+        return lambda rows: _decode_rows(rows, format)
+    from gguf import GGMLQuantizationType, quants
+
+    return lambda rows: quants.dequantize(rows, GGMLQuantizationType(format.ggml_id))
+
+
+def _decode_rows(rows: np.ndarray, format: WeightFormat) -> np.ndarray:
+    weights, size = chunk(format)
+    blocks = rows.shape[1] // size
+    values = _decode_blocks(rows[:, : blocks * size].reshape(-1, size), format).reshape(len(rows), -1)
+    if blocks * size == rows.shape[1]:
+        return values
+    # Only formats without blocks have a rest: decode it from a zero-padded chunk.
+    rest = rows[:, blocks * size :]
+    padded = np.zeros((len(rows), size), np.uint8)
+    padded[:, : rest.shape[1]] = rest
+    return np.hstack([values, _decode_blocks(padded, format)[:, : rest.shape[1] * weights // size]])
+
+
+def _decode_blocks(blocks: np.ndarray, format: WeightFormat) -> np.ndarray:
+    quants, scales, minimums = DECODERS[format](NumpyBlock(blocks))
+    values = np.concatenate(quants, axis=1).astype(np.float32, copy=False)
+    if scales is None:
+        return values
+    spread = values.reshape(len(blocks), scales.shape[1], -1) * scales[:, :, None]
+    if minimums is not None:
+        spread -= minimums[:, :, None]
+    return spread.reshape(values.shape)
