@@ -83,6 +83,7 @@ class GGUFFile:
 
     path: Path
     parts: tuple[Path, ...]
+    nbytes: int
     version: int
     metadata: Mapping[str, Any]
     tensors: dict[str, TensorInfo]
@@ -100,6 +101,7 @@ class GGUFFile:
             self.close()
             raise
         self.parts = tuple(part.path for part in self._parts)
+        self.nbytes = sum(len(part.data) for part in self._parts)
         self.version = self._parts[0].version
         self.metadata = self._parts[0].metadata
         self.tensors = _join_tables(self._parts)
