@@ -38,9 +38,7 @@ def shown(description: dict, stream: io.StringIO, tensors: bool = False) -> str:
 
 @pytest.fixture
 def model(tmp_path: Path) -> dict:
-    heads = build.pair(
-        "novel.attention.head_count", build.ARRAY, build.array(build.INT32, [b"\4\0\0\0", b"\x08\0\0\0"])
-    )
+    heads = build.array(build.INT32, [build.scalar(build.INT32, count) for count in (4, 8)])
     pairs = [
         build.text("general.architecture", "novel"),
         build.text("general.name", "A [bold]name[/bold]\x1b[31m\n\u202e"),
