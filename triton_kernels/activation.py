@@ -21,7 +21,10 @@ def swiglu_kernel(gate, up, output, width, gate_stride, up_stride, BLOCK: tl.con
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up (T, F) float32, contiguous (Shazeer, 2020). Rows may be strided: both may be halves of one product."""
+    """silu(gate) * up (T, F) float32, contiguous (Shazeer, 2020).
+
+    Rows may be strided: gate and up may be the halves of one product.
+    """
     tokens, width = gate.shape
     output = torch.empty((tokens, width), dtype=torch.float32, device=gate.device)
     swiglu_kernel[(tokens, triton.cdiv(width, BLOCK))](
