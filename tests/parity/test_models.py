@@ -1,0 +1,76 @@
+"""Whole models against llama.cpp's logits, through both backends."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from support import parity, relative_error
+
+from trichord import LLM
+
+ARCHITECTURES = ["llama-dense", "llama-rope-base", "llama-rope-linear", "llama-rope-yarn", "qwen2-dense"]
+QUANTS = ["F16", "BF16", "Q4_0", "Q8_0", "Q4_K_S", "Q5_K_S", "Q6_K"]
+# Exact logits agree to float32 rounding; on the GPU sums run in another order, and transcendentals are coarser.
+EXACT = {"cpu": 1e-5, "cuda": 1e-4}
+
+
+def model(name: str, device: str = "cpu", **options) -> tuple[LLM, dict[str, np.ndarray]]:
+    path = parity(f"{name}.gguf")
+    with np.load(path.with_suffix(".npz")) as archive:
+        reference = dict(archive)
+    return LLM(path, device=device, max_sequences=4, **options), reference
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_are_llama_cpps(name, device):
+    llm, reference = model(f"archs/{name}", device, precision="exact")
+    assert relative_error(llm.logits(reference["tokens"]), reference["logits"]) < EXACT[device]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("chunk", [1, 7])
+def test_prefill_agrees_with_token_by_token(name, chunk):
+    llm, reference = model(f"archs/{name}", precision="exact", max_batch_tokens=chunk)
+    assert relative_error(llm.logits(reference["tokens"]), reference["logits"]) < EXACT["cpu"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_chunks_on_the_gpu_agree_with_llama_cpp(device):
+    llm, reference = model("archs/llama-dense", device, precision="exact", max_batch_tokens=3)
+    tokens = reference["tokens"][:12]
+    assert relative_error(llm.logits(tokens), reference["logits"][:12]) < EXACT[device]
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_quantized_logits_are_exact(quant):
+    llm, reference = model(f"quants/llama-{quant}", precision="exact")
+    assert relative_error(llm.logits(reference["tokens"]), reference["exact"]) < 1e-5
+
+
+@pytest.mark.parametrize("chunk", [1, 48])
+@pytest.mark.parametrize("precision", ["default", "fast"])
+@pytest.mark.parametrize("quant", QUANTS)
+def test_quantized_logits_are_nearer_the_truth_than_llama_cpps(quant, precision, chunk):
+    llm, reference = model(f"quants/llama-{quant}", precision=precision, max_batch_tokens=chunk)
+    error = relative_error(llm.logits(reference["tokens"]), reference["exact"])
+    theirs = relative_error(reference["llama_cpp"], reference["exact"])
+    bound = {"F16": 4e-4, "BF16": 2.2e-3}.get(quant, 1e-3 if precision == "default" else theirs)
+    assert error < bound
+
+
+@pytest.mark.parametrize("chunk", [4, 48])
+@pytest.mark.parametrize(("precision", "bound"), [("exact", 1e-4), ("default", 1e-3)])
+@pytest.mark.parametrize("quant", ["BF16", "Q8_0", "Q4_K_S", "Q6_K"])
+def test_quantized_logits_through_the_triton_kernels(quant, precision, bound, chunk):
+    llm, reference = model(f"quants/llama-{quant}", "cuda", precision=precision, max_batch_tokens=chunk)
+    count = 12 if chunk == 4 else 48
+    logits = llm.logits(reference["tokens"][:count])
+    limit = 2.2e-3 if quant == "BF16" and precision == "default" else bound
+    assert relative_error(logits, reference["exact"][:count]) < limit
+
+
+def test_layers_on_two_devices_agree_with_one():
+    llm, reference = model("archs/llama-dense", "cuda", precision="exact", gpu_layers=1)
+    tokens = reference["tokens"][:12]
+    assert relative_error(llm.logits(tokens), reference["logits"][:12]) < EXACT["cuda"]
