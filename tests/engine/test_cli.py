@@ -1,0 +1,143 @@
+"""The command line, in process where that shows it and as a real process for pipes and Ctrl-C."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+from tiny_model import write_tiny_model
+
+from trichord import LLM, SamplingParams, __version__, cli
+
+COMMAND = [sys.executable, "-m", "trichord.cli"]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return str(write_tiny_model(tmp_path_factory.mktemp("model") / "tiny.gguf"))
+
+
+def run(capsys, *arguments: str) -> SimpleNamespace:
+    try:
+        status = cli.main(list(arguments))
+    except SystemExit as end:
+        status = end.code
+    captured = capsys.readouterr()
+    return SimpleNamespace(status=status, out=captured.out, err=captured.err)
+
+
+def feed(monkeypatch, text: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+
+
+OPTIONS = ("--device", "cpu", "-n", "8", "--seed", "3", "--ignore-eos")
+
+
+def test_run_prints_the_completion_and_a_summary(capsys, path):
+    result = run(capsys, "run", path, "abc", *OPTIONS)
+    params = SamplingParams(temperature=0.8, top_k=40, top_p=0.95, min_p=0.05, seed=3, max_tokens=8, ignore_eos=True)
+    assert result.status == 0
+    assert result.out == LLM(path, device="cpu").generate("abc", params)[0].outputs[0].text + "\n"
+    assert re.search(r"load [\d.]+ s · prompt 4 tokens, [\d.]+ tokens/s · generation 8 tokens", result.err)
+    size = LLM(path, device="cpu").weight_bytes / 2**20
+    assert f"weights {size:.1f} MiB resident" in result.err
+
+
+def test_every_sampling_option_reaches_the_sampler(capsys, path, monkeypatch):
+    seen = []
+    stream = LLM.stream
+    monkeypatch.setattr(LLM, "stream", lambda self, prompt, params: seen.append(params) or stream(self, prompt, params))
+    options = "--temp 0.5 --top-k 7 --top-p 0.9 --min-p 0.1 --repeat-penalty 1.1 --seed 5 --stop xyz --stop b -n 2"
+    assert (
+        run(capsys, "run", path, "abc", "--device", "cpu", "--threads", "1", "--ctx", "64", *options.split()).status
+        == 0
+    )
+    assert seen == [
+        SamplingParams(temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, repetition_penalty=1.1, seed=5,
+                       stop=["xyz", "b"], max_tokens=2)
+    ]  # fmt: skip
+
+
+def test_the_prompt_comes_from_an_argument_a_file_or_standard_input(capsys, path, tmp_path, monkeypatch):
+    expected = run(capsys, "run", path, "héllo", *OPTIONS).out
+    (tmp_path / "prompt.txt").write_text("héllo\n", encoding="utf-8")
+    assert run(capsys, "run", path, "-f", str(tmp_path / "prompt.txt"), *OPTIONS).out == expected
+    feed(monkeypatch, "héllo\n".encode())
+    assert run(capsys, "run", path, *OPTIONS).out == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "message"),
+    [
+        (["absent.gguf", "hi"], b"", r"absent\.gguf"),
+        (["{path}"], b"", "prompt is empty"),
+        (["{path}", "two", "words"], b"", "quotes"),
+        (["{path}", "hi", "-f", "{path}"], b"", "given twice"),
+        (["{path}", "-f", "absent.txt"], b"", "absent.txt"),
+        (["{path}"], b"\xff\xfe", "not UTF-8"),
+        (["{path}", "hi", "--temp", "-1"], b"", "temperature"),
+        (["{path}", "hi", "-n", "0"], b"", "max_tokens"),
+        (["{path}", "hi", "--ctx", "0"], b"", "context_length"),
+        (["{path}", "hi", "--threads", "0"], b"", "threads"),
+        (["{path}", "hi", "--device", "tpu"], b"", "tpu"),
+        (["{path}", "x" * 600], b"", "context holds 512"),
+    ],
+)
+def test_mistakes_are_one_sentence(capsys, path, monkeypatch, arguments, stdin, message):
+    feed(monkeypatch, stdin)
+    result = run(capsys, "run", *(argument.format(path=path) for argument in arguments))
+    assert result.status == 1 and result.out == ""
+    assert re.fullmatch(rf"trichord: error: .*{message}.*\n", result.err)
+
+
+def test_info_as_text_and_json(capsys, path):
+    text = run(capsys, "info", path)
+    assert text.status == 0 and "llama" in text.out and "blk.0.attn_q.weight" not in text.out
+    assert "blk.0.attn_q.weight" in run(capsys, "info", path, "--tensors").out
+    assert json.loads(run(capsys, "info", path, "--json").out)["architecture"] == "llama"
+
+
+def test_help_and_version(capsys):
+    assert run(capsys, "--version").out == f"trichord {__version__}\n"
+    assert "complete a prompt" in run(capsys, "--help").out
+    for option in ("--max-tokens", "--temp", "--device", "--precision", "--threads", "--ctx", "--stop"):
+        assert option in run(capsys, "run", "--help").out
+    assert run(capsys).status == 2
+
+
+def test_control_characters_do_not_reach_a_terminal():
+    assert cli.printable("a\x1b[31m\u202eb\x07\n\tü\u00a0é") == "a\\x1b[31m\\u202eb\\x07\n\tü\u00a0é"
+
+
+def test_a_reader_that_leaves_ends_the_run_quietly(path):
+    process = subprocess.Popen(
+        [*COMMAND, "run", path, "abc", "--device", "cpu", "-n", "400", "--ignore-eos"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    process.stdout.read(1)
+    process.stdout.close()
+    assert b"Traceback" not in process.stderr.read()
+    process.stderr.close()
+    process.wait(timeout=60)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_stops_with_a_summary_and_no_traceback(path):
+    process = subprocess.Popen(
+        [*COMMAND, "run", path, "abc", "--device", "cpu", "-n", "-1", "--ignore-eos", "--precision", "exact"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    process.stdout.read(1)
+    time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert b"Traceback" not in errors and b"generation" in errors
+    assert process.returncode in (0, 130)  # 0: it had reached the context's end already
