@@ -1,0 +1,44 @@
+"""Bit fields: codes of 1, 2 or 4 bits in bytes, and the scales beside them.
+
+GGML and the planes use one arrangement. n codes fill m = n * bits / 8 bytes, and byte b holds codes b, b + m, b + 2m
+and so on, from the lowest bits up; so one shift and one mask bring out the codes of consecutive weights in
+consecutive bytes. GGML chooses n from 32 to 256, the planes take n = 32, a group.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+def merge(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """(..., n) uint8 codes below 2 ** bits -> (..., n * bits / 8) bytes."""
+    parts = codes.unflatten(-1, (8 // bits, -1))
+    merged = parts[..., 0, :].clone()
+    for field in range(1, 8 // bits):
+        merged |= parts[..., field, :] << (field * bits)
+    return merged
+
+
+def spread(merged: torch.Tensor, bits: int) -> torch.Tensor:
+    """The inverse of `merge`: (..., m) bytes -> (..., m * 8 / bits) codes."""
+    mask = (1 << bits) - 1
+    return torch.cat([merged >> shift & mask for shift in range(0, 8, bits)], dim=-1)
+
+
+@triton.jit
+def elements(plane, row, group, groups, SPAN: tl.constexpr, COUNT: tl.constexpr):
+    """The COUNT elements that a plane keeps for every SPAN groups -> (R, G, COUNT)."""
+    offset = (group // SPAN * COUNT)[None, :, None] + tl.arange(0, COUNT)[None, None, :]
+    return tl.load(plane + (row * (groups // SPAN * COUNT))[:, None, None] + offset)
+
+
+@triton.jit
+def words(plane, row, group, groups, BITS: tl.constexpr):
+    """Codes 0..15 and 16..31 of each group, one a byte: two (R, G, 4) int32, from a plane of BITS int32 a group."""
+    MASK: tl.constexpr = 0x01010101 * ((1 << BITS) - 1)
+    codes = elements(plane, row, group, groups, 1, BITS)[:, :, None, :]
+    shift = (tl.arange(0, 4 // BITS) * BITS)[None, None, :, None]
+    shape: tl.constexpr = (row.shape[0], group.shape[0], 4)
+    return tl.reshape((codes >> shift) & MASK, shape), tl.reshape((codes >> (shift + 4)) & MASK, shape)
