@@ -14,21 +14,17 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
 
 import numpy as np
 
 from trichord.errors import GGUFError
-from trichord.gguf_header import Header, Metadata, quoted
+from trichord.gguf_header import Header, Metadata, T, quoted
 from trichord.weight_format import WeightFormat
-
-T = TypeVar("T", int, float, bool, str, list)
 
 VERSIONS = (2, 3)
 MAX_TENSORS = 1 << 20
@@ -85,7 +81,7 @@ class GGUFFile:
     parts: tuple[Path, ...]
     nbytes: int
     version: int
-    metadata: Mapping[str, Any]
+    metadata: Metadata
     tensors: dict[str, TensorInfo]
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -107,21 +103,8 @@ class GGUFFile:
         self.tensors = _join_tables(self._parts)
 
     def get(self, key: str, kind: type[T], default: T | None = None) -> T | None:
-        """The metadata value of `key`, or `default` where the file has none.
-
-        `kind` is int, float, bool, str or list. An int serves where a float is wanted, a bool never serves as an int,
-        and list stands for every array (see `Metadata` for their Python types). Raises GGUFError for any other type.
-        """
-        if key not in self.metadata:
-            return default
-        value = self.metadata[key]
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is kind or (kind is list and isinstance(value, np.ndarray)):
-            return value
-        found = "an array" if isinstance(value, list | np.ndarray) else f"of type {type(value).__name__}"
-        wanted = "an array" if kind is list else kind.__name__
-        raise GGUFError(f"{self.path.name}: metadata key {quoted(key)} is {found}; {wanted} is expected")
+        """The metadata value of `key`, or `default` where the file has none: see `Metadata.typed`."""
+        return self.metadata.typed(key, kind, default)
 
     def require(self, key: str, kind: type[T]) -> T:
         """Like `get`, but raises GGUFError where the file has no such key."""
@@ -164,9 +147,7 @@ class GGUFFile:
     def _open(self) -> None:
         given = _Part(self.path)
         self._parts.append(given)
-        count = given.metadata.get("split.count", 1)
-        if type(count) is not int:
-            given.header.fail("metadata key 'split.count' is not an integer")
+        count = given.metadata.typed("split.count", int, 1)
         if count > 1:
             self._parts = []
             for path in _split_paths(given, count):
@@ -205,9 +186,9 @@ class _Part:
         self.tensors = self._tensor_table(n_tensors)
 
     def _alignment(self) -> int:
-        value = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-        if type(value) is not int or value < 8 or value & (value - 1):
-            self.header.fail(f"general.alignment is {str(value)[:40]}; it must be a power of two, 8 or more")
+        value = self.metadata.typed("general.alignment", int, DEFAULT_ALIGNMENT)
+        if value < 8 or value & (value - 1):
+            self.header.fail(f"general.alignment is {value}; it must be a power of two, 8 or more")
         return value
 
     def _tensor_table(self, count: int) -> list[TensorInfo]:
@@ -271,9 +252,10 @@ def _map(path: Path) -> mmap.mmap:
             if size == 0:
                 raise GGUFError(f"{path.name}: the file is empty — is the download complete?")
             if sys.platform == "linux":
-                # Without MAP_NORESERVE (0x4000; Python before 3.13 has no name for it) Linux refuses a writable map
-                # larger than memory and swap together, though its pages are only ever read.
-                flags, access = mmap.MAP_PRIVATE | 0x4000, mmap.PROT_READ | mmap.PROT_WRITE
+                # Without MAP_NORESERVE Linux refuses a writable map larger than memory and swap together, though its
+                # pages are only ever read. Not every Python has a name for it.
+                flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
+                access = mmap.PROT_READ | mmap.PROT_WRITE
                 return mmap.mmap(file.fileno(), size, flags=flags, prot=access)
             return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
     except FileNotFoundError:
@@ -328,16 +310,16 @@ def _split_paths(part: _Part, count: int) -> list[Path]:
 def _check_split(parts: list[_Part], count: int) -> None:
     """Raises GGUFError unless the parts say of themselves what their names say."""
     for index, part in enumerate(parts):
-        said = part.metadata.get("split.no"), part.metadata.get("split.count")
+        said = part.metadata.typed("split.no", int), part.metadata.typed("split.count", int)
         if said != (index, count):
             part.header.fail(
-                f"by its name this is part {index + 1} of {count}, but its metadata has split.no {str(said[0])[:40]}"
-                f" (from 0) and split.count {str(said[1])[:40]}"
+                f"by its name this is part {index + 1} of {count}, but its metadata has split.no {said[0]}"
+                f" (from 0) and split.count {said[1]}"
             )
     n_tensors = sum(len(part.tensors) for part in parts)
-    expected = parts[0].metadata.get("split.tensors.count", n_tensors)
+    expected = parts[0].metadata.typed("split.tensors.count", int, n_tensors)
     if expected != n_tensors:
-        parts[0].header.fail(f"the {count} parts hold {n_tensors} tensors, not {str(expected)[:40]} as part 1 says")
+        parts[0].header.fail(f"the {count} parts hold {n_tensors} tensors, not {expected} as part 1 says")
 
 
 def _join_tables(parts: list[_Part]) -> dict[str, TensorInfo]:

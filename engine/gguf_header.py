@@ -15,13 +15,15 @@ from collections.abc import Iterator, Mapping
 from enum import IntEnum
 from itertools import pairwise
 from mmap import mmap
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
 from trichord.errors import GGUFError
 
-MAX_HEADER_BYTES = 1 << 28  # a vocabulary of 262k tokens and 500k merges takes about 20 MB
+T = TypeVar("T", int, float, bool, str, list)
+
+MAX_HEADER_BYTES = 1 << 27  # a vocabulary of 262k tokens and 500k merges takes about 20 MB
 MAX_VALUES = 1 << 16  # metadata keys, and arrays inside arrays, of one file
 MAX_ARRAY_DEPTH = 4
 MAX_KEY_BYTES = (1 << 16) - 1  # the specification's own limit
@@ -237,6 +239,23 @@ class Metadata(Mapping[str, Any]):
             value = self._header.read(kind, position)
             self._decoded[key] = value.item() if isinstance(value, np.generic) else value
         return self._decoded[key]
+
+    def typed(self, key: str, kind: type[T], default: T | None = None) -> T | None:
+        """The value of `key`, or `default` where there is none. Raises GGUFError when it is not of this kind.
+
+        `kind` is int, float, bool, str, or list for every array. An int serves where a float is wanted, a bool never
+        serves as an int.
+        """
+        if key not in self._places:
+            return default
+        value = self[key]
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is kind or (kind is list and isinstance(value, np.ndarray)):
+            return value
+        found = "an array" if isinstance(value, list | np.ndarray) else f"of type {type(value).__name__}"
+        wanted = "an array" if kind is list else kind.__name__
+        self._header.fail(f"metadata key {quoted(key)} is {found}; {wanted} is expected")
 
     def __contains__(self, key: object) -> bool:
         return key in self._places
