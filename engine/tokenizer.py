@@ -1,0 +1,188 @@
+"""The tokenizer of a GGUF file: text to token ids and back, from the file's own vocabulary.
+
+The ids are those that llama.cpp gives for the same file and text.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NoReturn, Protocol
+
+from trichord.detokenizer import Detokenizer
+from trichord.errors import GGUFError, RequestError, TokenizerError
+from trichord.tokenizer_bpe import ByteLevelBPE
+from trichord.tokenizer_specials import SpecialTokens
+from trichord.tokenizer_spm import SentencePiece
+from trichord.tokenizer_vocabulary import TokenType, Vocabulary
+
+if TYPE_CHECKING:
+    from trichord.gguf_file import GGUFFile
+
+
+class TokenizerModel(Protocol):
+    """What is different between kinds of tokenizers: how plain text becomes tokens, and a plain token bytes."""
+
+    adds_bos: bool
+    """Whether a text begins with the beginning-of-sequence token, where the file does not say."""
+    adds_space: bool
+    """Whether a text begins with a space that it does not have."""
+
+    def encode(self, text: str, after_special: bool) -> list[int]:
+        """The ids of a piece of text, not empty, without special tokens in it, but maybe after one or at the start."""
+
+    def bytes_of(self, text: str) -> bytes:
+        """The bytes that a normal token of this text stands for."""
+
+
+_MODELS: dict[str, type[SentencePiece] | type[ByteLevelBPE]] = {"llama": SentencePiece, "gpt2": ByteLevelBPE}
+_NO_VOCABULARY = ("", "no_vocab", "none", "test")
+
+_MARKS = (TokenType.CONTROL, TokenType.UNKNOWN)
+_INVISIBLE = (*_MARKS, TokenType.UNUSED, TokenType.UNDEFINED)
+
+
+class Tokenizer:
+    """Encodes and decodes by one vocabulary. May be used from several threads at once.
+
+    >>> tokenizer = Tokenizer.from_gguf(GGUFFile("model.gguf"))
+    >>> tokenizer.decode(tokenizer.encode("Hello"))
+    'Hello'
+    """
+
+    n_vocab: int
+    bos_id: int | None
+    eos_id: int | None
+    stop_ids: frozenset[int]
+    """The tokens that end an answer: end of sequence, of turn, of message."""
+
+    def __init__(self, vocabulary: Vocabulary, model: TokenizerModel, swallows_space: frozenset[int]) -> None:
+        self._vocabulary = vocabulary
+        self._model = model
+        self.n_vocab = len(vocabulary.tokens)
+        self.bos_id = vocabulary.bos_id
+        self.eos_id = vocabulary.eos_id
+        self.stop_ids = vocabulary.stop_ids
+        self._add_bos = model.adds_bos and self.bos_id is not None if vocabulary.add_bos is None else vocabulary.add_bos
+        self._add_eos = bool(vocabulary.add_eos)
+        for name, adds, token in (("bos", self._add_bos, self.bos_id), ("eos", self._add_eos, self.eos_id)):
+            if adds and token is None:
+                raise TokenizerError(
+                    f"{vocabulary.file_name}: tokenizer.ggml.add_{name}_token is true, but there is no"
+                    f" tokenizer.ggml.{name}_token_id"
+                )
+        user_defined = vocabulary.ids_of(TokenType.USER_DEFINED)
+        self._user_defined = SpecialTokens(user_defined, swallows_space)
+        self._all_special = SpecialTokens(user_defined | vocabulary.ids_of(*_MARKS), swallows_space)
+
+    @classmethod
+    def from_gguf(cls, file: GGUFFile) -> Tokenizer:
+        """The tokenizer that the file describes.
+
+        Raises TokenizerError when the file has none, one of a kind that is not supported, or a damaged one.
+        """
+        try:
+            model = file.get("tokenizer.ggml.model", str, "")
+            if model not in _MODELS:
+                _refuse(file.path.name, model)
+            vocabulary = Vocabulary.from_gguf(file)
+            return cls(vocabulary, _MODELS[model](vocabulary, file), _swallows_space(vocabulary, file))
+        except GGUFError as error:
+            raise TokenizerError(str(error)) from None
+
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        """The ids of a text.
+
+        add_special: begin and end it with the tokens that the file wants there. parse_special: special tokens written
+        in the text, such as `<|im_start|>`, become their ids; else they are text like any other, which is right for
+        whatever a user typed. Raises TokenizerError for a text with lone surrogates.
+        """
+        if not isinstance(text, str):
+            raise RequestError(f"the tokenizer encodes str, not {type(text).__name__}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TokenizerError(
+                f"the text has a lone surrogate, U+{ord(text[error.start]):04X}, at index {error.start}: no character"
+            ) from None
+        ids = [self.bos_id] if add_special and self._add_bos else []
+        after_special = True
+        for piece in (self._all_special if parse_special else self._user_defined).split(text):
+            if isinstance(piece, int):
+                ids.append(piece)
+            else:
+                ids += self._model.encode(piece, after_special)
+            after_special = isinstance(piece, int)
+        if add_special and self._add_eos:
+            ids.append(self.eos_id)
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True, continues: bool = False) -> str:
+        """The text of these ids: the inverse of `encode`.
+
+        skip_special: leave out what is not text, such as `<s>` or `<|eot_id|>`. continues: the ids carry on a text
+        that began before them, as generated ones do; else the space that some vocabularies put before a text is left
+        out. Bytes that are no UTF-8 become U+FFFD. Raises TokenizerError for an id outside the vocabulary.
+        """
+        detokenizer = self.detokenizer(skip_special, continues)
+        return "".join(map(detokenizer.add, ids)) + detokenizer.finish()
+
+    def detokenizer(self, skip_special: bool = True, continues: bool = False) -> Detokenizer:
+        """Decodes one id at a time; what it gives out in all is what `decode` gives with the same arguments."""
+        token_bytes = self._visible_bytes if skip_special else self.token_bytes
+        return Detokenizer(token_bytes, drop_first_space=self._model.adds_space and not continues)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes a token stands for; of a special token those of its name. Raises TokenizerError like `decode`."""
+        text, token_type = self._lookup(token)
+        if token_type is TokenType.NORMAL:
+            return self._model.bytes_of(text)
+        if token_type is TokenType.BYTE and (byte := _byte(text)) is not None:
+            return byte
+        return text.encode("utf-8", "surrogateescape")
+
+    def piece(self, token: int) -> str:
+        """A token's text as the file writes it, `▁Hello` or `ĠHello`. Raises TokenizerError like `decode`."""
+        return self._lookup(token)[0]
+
+    def token_id(self, piece: str) -> int | None:
+        """The token that the file writes so, if there is one."""
+        return self._vocabulary.ids.get(piece)
+
+    def _visible_bytes(self, token: int) -> bytes:
+        return b"" if self._lookup(token)[1] in _INVISIBLE else self.token_bytes(token)
+
+    def _lookup(self, token: int) -> tuple[str, TokenType]:
+        try:
+            index = operator.index(token)
+        except TypeError:
+            raise TokenizerError(f"a token id is an integer, not {token!r:.40}") from None
+        if not 0 <= index < self.n_vocab:
+            raise TokenizerError(f"token id {index} is outside the vocabulary of {self.n_vocab} tokens")
+        return self._vocabulary.tokens[index], self._vocabulary.types[index]
+
+
+def _refuse(file_name: str, model: str) -> NoReturn:
+    if model in _NO_VOCABULARY:
+        raise TokenizerError(f"{file_name}: the file has no tokenizer that can be used; give token ids instead of text")
+    raise TokenizerError(
+        f"{file_name}: the tokenizer model {model!r:.80} is not supported ({' and '.join(_MODELS)} are);"
+        " give token ids instead of text"
+    )
+
+
+def _byte(text: str) -> bytes | None:
+    """The byte of a token `<0x0A>`."""
+    try:
+        return bytes([int(text.removeprefix("<0x").removesuffix(">"), 16)])
+    except ValueError:
+        return None
+
+
+def _swallows_space(vocabulary: Vocabulary, file: GGUFFile) -> frozenset[int]:
+    """The special tokens that take white space after them along. No key says so; Phi-3's are known by the name."""
+    name = file.get("general.name", str, "").lower()
+    if "phi-3" not in name and "phi3" not in name:
+        return frozenset()
+    special = vocabulary.ids_of(TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
+    return frozenset(special[text] for text in special.keys() - {"<unk>", "<s>", "<|endoftext|>"})
