@@ -1,32 +1,98 @@
-"""Quantizing rows of weights into the blocks of each format.
+"""How each format is quantized: a search for scales and codes, then a packing.
 
-A format is two decisions: a search (`quantize_search`: which scales and codes lose least) and a packing (how the
-chosen integers lie in the block). The block layouts are ggml's; the search is ours.
+All formats but the plain floats are one of two kinds. `Scaled`: a weight is a codebook's value times a scale.
+`Affine`: a code times a scale plus a shift. In both, the groups of a block may share a super-scale, of which each
+keeps a small multiple; a format whose block is one group is the case of the single multiple 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cache
 
 import numpy as np
+from gguf import quants
 
+from trichord import quantize_packing as packing
 from trichord import quantize_search as search
+from trichord.quantize_packing import Encoded
+from trichord.quantize_search import EVEN_SIGNS, FREE_SIGNS, NO_SIGNS, Codebook
 from trichord.weight_format import WeightFormat
 
 
-def _sensitivity(x: np.ndarray, importance: np.ndarray | None, columns: int) -> np.ndarray:
-    """How much an error in each weight of x (blocks, block_size) counts.
+def _codebook(low: float = 0, high: float = 0, levels: np.ndarray = (), vectors: np.ndarray | None = None) -> Codebook:
+    levels = np.asarray(levels, np.float32)
+    return Codebook(
+        np.float32(low),
+        np.float32(high),
+        levels,
+        (levels[1:] + levels[:-1]) / 2,
+        np.zeros((0, 1), np.float32) if vectors is None else vectors,
+        np.zeros((0, 0, 0), np.int16),
+        NO_SIGNS,
+    )
 
-    The importance of its column, times sqrt(mean square of the block + its own square): large weights matter more to
-    a model's output than their share of the squared error (ggml's rule for its importance-weighted quantizers).
-    """
-    w = np.sqrt(np.mean(np.square(x), axis=1, keepdims=True) + np.square(x))
-    if importance is not None:
-        w = (w.reshape(-1, columns) * importance).reshape(x.shape)
-    # All-zero weights would leave nothing to minimize; the floor only matters there.
-    return np.maximum(w, np.float32(1e-30), dtype=np.float32)
+
+def _range(low: float, high: float) -> Codebook:
+    """low, low + 1, ... high."""
+    return _codebook(low, high)
+
+
+def _levels(levels: np.ndarray) -> Codebook:
+    """Any numbers, in ascending order."""
+    return _codebook(levels=levels)
+
+
+def _vectors(vectors: np.ndarray, near: int, signs: int, alternatives: int = 1) -> Codebook:
+    """Vectors (size, width) and, for each point they are rounded to, the `near` nearest of each alternative part."""
+    book = _codebook(levels=np.unique(np.rint(vectors)), vectors=vectors)
+    size, width = vectors.shape
+    base = len(book.levels)
+    points = book.levels[np.arange(base**width)[:, None] // base ** np.arange(width) % base]
+    shortlist = []
+    for part in np.split(np.arange(size), alternatives):
+        distance = np.square(vectors[part]).sum(axis=1) - 2 * points @ vectors[part].T
+        nearest = np.argpartition(distance, near, axis=1)[:, :near]
+        order = np.argsort(np.take_along_axis(distance, nearest, axis=1), axis=1)
+        shortlist.append(part[np.take_along_axis(nearest, order, axis=1)])
+    return book._replace(shortlist=np.stack(shortlist).astype(np.int16), signs=signs)
+
+
+def _grid(table: type) -> np.ndarray:
+    """The vectors of a format of `gguf.quants`, (size, width) float32."""
+    table.init_grid()
+    return table.grid.reshape(table.grid_shape).astype(np.float32)
+
+
+def _ternary_vectors(alternatives: int) -> Codebook:
+    """IQ1's vectors moved by +1/8, then the same by -1/8; as two alternatives where a group shares its move."""
+    grid, delta = _grid(quants.IQ1_S), quants.IQ1_S.delta
+    return _vectors(np.concatenate([grid + delta, grid - delta]), 32, NO_SIGNS, alternatives)
+
+
+def _e8m0() -> Codebook:
+    """The powers of two that MXFP4 scales by (half of E8M0's, as its E2M1 values are doubled)."""
+    return _levels(quants.MXFP4.e8m0_to_fp32_half(np.arange(255, dtype=np.uint8)))
+
+
+def _ue4m3() -> Codebook:
+    """The 8-bit floats that NVFP4 scales by, halved likewise."""
+    return _levels(quants.NVFP4.ue4m3_to_fp32(np.arange(127, dtype=np.uint8)))
+
+
+def _starts(*runs: tuple[float, float, int]) -> np.ndarray:
+    """Levels onto which a search maps a group's extreme: `count` of them from `first` to `last`, for each run."""
+    return np.concatenate([np.linspace(*run, dtype=np.float32) for run in runs])
+
+
+def _ends(low: float, high: float, width: float = 1) -> np.ndarray:
+    return _starts((low - width, low + width, 15), (high - width, high + width, 15))
+
+
+def _multiple_starts(multiples: Codebook) -> np.ndarray:
+    outermost = max(multiples.low, multiples.high, key=abs)
+    return _starts((outermost - 1, outermost + 1, 9))
 
 
 def _half(d: np.ndarray) -> np.ndarray:
@@ -34,152 +100,145 @@ def _half(d: np.ndarray) -> np.ndarray:
     return np.clip(d, -65504, 65504).astype(np.float16)
 
 
-def _bytes(*fields: np.ndarray) -> np.ndarray:
-    """Block fields, each (blocks, ...) of any dtype, side by side as bytes (blocks, block_bytes)."""
-    return np.concatenate([np.ascontiguousarray(f).view(np.uint8).reshape(len(f), -1) for f in fields], axis=1)
-
-
-def _starts(level: float, width: float, count: int) -> np.ndarray:
-    """`count` levels around `level`, `width` to either side: where a search maps a group's extreme."""
-    return np.linspace(level - width, level + width, count, dtype=np.float32)
-
-
-class _Quantizer(Protocol):
-    def __call__(self, x: np.ndarray, w: np.ndarray) -> np.ndarray:
-        """x, w (blocks, block_size) float32 -> (blocks, block_bytes) uint8."""
+_ONE = _range(1, 1)
 
 
 @dataclass(frozen=True)
-class _Scaled:
-    """Groups of `group` weights, each code times super-scale times the group's multiplier.
+class Scaled:
+    """A weight is the codebook's value times its group's scale; the scale is d times a member of `multiples`.
 
-    levels: the range of the codes. multipliers: the range of a group's multiplier, or (1, 1) where a group is a block.
-    pack: codes (blocks, block_size) counted from zero, multipliers (blocks, groups), super-scale (blocks, 1) -> bytes.
+    unit: the block's field holds d / unit, as a `field`; None where the format has no such field and d is 1.
+    signed: whether scales may be negative, which turns an asymmetric codebook around.
+    emphasis: whether large weights count for more, see `quantize_rows`.
     """
 
     group: int
-    levels: tuple[float, float]
-    multipliers: tuple[float, float]
+    book: Codebook
     starts: np.ndarray
-    pack: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+    pack: Callable[[Encoded], np.ndarray]
+    multiples: Codebook = _ONE
+    unit: float | None = 1
+    field: type = np.float16
+    signed: bool = True
+    emphasis: bool = True
 
     def __call__(self, x: np.ndarray, w: np.ndarray) -> np.ndarray:
-        blocks = len(x)
-        book, multipliers = _book(self.levels), _book(self.multipliers)
-        flat, weights = x.reshape(-1, self.group), w.reshape(-1, self.group)
-        scales, curvatures = (a.reshape(blocks, -1) for a in search.fit_scales(flat, weights, book, self.starts))
-        # A block's scales are quantized by the same search as its weights.
-        d, _ = search.fit_scales(scales, curvatures, multipliers, _starts(_outer(self.multipliers), 1, 9))
+        """x, w (blocks, block_size) float32 -> (blocks, block_bytes) uint8."""
+        blocks, book, multiples = len(x), self.book, self.multiples
+        x, w = x.reshape(-1, self.group), w.reshape(-1, self.group)
         x3, w3 = x.reshape(blocks, -1, self.group), w.reshape(blocks, -1, self.group)
-        chosen, d = search.settle_scales(x3, w3, scales, _half(d).astype(np.float32), book, multipliers)
-        d = _half(d)[:, None]
-        units = search.encode(flat, (d * chosen).astype(np.float32).ravel(), book)
-        codes = (units - book.low).reshape(blocks, -1).astype(np.uint8)
-        return self.pack(codes, chosen, d)
+        scales, curvatures = (a.reshape(blocks, -1) for a in search.fit_scales(x, w, book, self.starts, self.signed))
+        # A block's scales are quantized by the same search as its weights.
+        d, _ = search.fit_scales(scales, curvatures, multiples, _multiple_starts(multiples), True)
+        scale_codes, d = search.settle_scales(x3, w3, scales, self._decoded(self._stored(d)), book, multiples)
+        stored = self._stored(d)[:, None]
+        factors = multiples.levels[scale_codes] if multiples.levels.size else multiples.low + scale_codes
+        codes, units = search.encode(x, w, (self._decoded(stored) * factors).astype(np.float32).ravel(), book)
+        negative = units.reshape(blocks, -1) < 0
+        return self.pack(Encoded(codes.reshape(blocks, -1), scale_codes, stored, negative=negative))
+
+    def _stored(self, d: np.ndarray) -> np.ndarray:
+        """What the block's field holds of d; a scale beyond its range is cut to the largest."""
+        if self.unit is None:
+            return np.ones_like(d)
+        largest = np.finfo(self.field).max
+        return np.clip(d / np.float32(self.unit), -largest, largest).astype(self.field)
+
+    def _decoded(self, stored: np.ndarray) -> np.ndarray:
+        return stored.astype(np.float32) * np.float32(self.unit or 1)
 
 
 @dataclass(frozen=True)
-class _Affine:
-    """Groups of `group` weights, each code times the group's scale plus its shift.
+class Affine:
+    """A weight is a code, 0 to `high`, times its group's scale plus the group's shift.
 
-    high: the largest code. multipliers: the largest of the integers that scale both a block's super-scale and its
-    super-shift, which is never positive; 0 where each group stores scale and shift themselves.
-    pack: codes (blocks, block_size), multipliers of both kinds (blocks, groups), d and m (blocks, 1) -> bytes.
+    The scale is d times a member of `multiples` and the shift m times another; where a block is one group the shift
+    may have either sign, otherwise it is never positive.
     """
 
     group: int
     high: int
-    multipliers: int
-    starts: np.ndarray
-    pack: Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+    pack: Callable[[Encoded], np.ndarray]
+    multiples: Codebook = _ONE
+    emphasis: bool = True
 
     def __call__(self, x: np.ndarray, w: np.ndarray) -> np.ndarray:
-        blocks = len(x)
-        flat, weights = x.reshape(-1, self.group), w.reshape(-1, self.group)
-        high = np.float32(self.high)
-        scales, shifts, scale_curvatures, shift_curvatures = (
-            a.reshape(blocks, -1) for a in search.fit_affine(flat, weights, high, self.starts, self.multipliers == 0)
-        )
-        multipliers = _book((0, self.multipliers) if self.multipliers else (1, 1))
-        starts = _starts(float(multipliers.high), 1, 9)
-        d, _ = search.fit_scales(scales, scale_curvatures, multipliers, starts)
-        m, _ = search.fit_scales(shifts, shift_curvatures, multipliers, starts)
+        """x, w (blocks, block_size) float32 -> (blocks, block_bytes) uint8."""
+        blocks, high, multiples = len(x), np.float32(self.high), self.multiples
+        x, w = x.reshape(-1, self.group), w.reshape(-1, self.group)
         x3, w3 = x.reshape(blocks, -1, self.group), w.reshape(blocks, -1, self.group)
+        fitted = search.fit_affine(x, w, high, _starts((self.high - 1, self.high + 1, 21)), x3.shape[1] == 1)
+        scales, shifts, scale_curvatures, shift_curvatures = (a.reshape(blocks, -1) for a in fitted)
+        starts = _multiple_starts(multiples)
+        d, _ = search.fit_scales(scales, scale_curvatures, multiples, starts, True)
+        m, _ = search.fit_scales(shifts, shift_curvatures, multiples, starts, True)
         d, m = _half(d).astype(np.float32), _half(m).astype(np.float32)
-        p, q, d, m = search.settle_affine(x3, w3, scales, shifts, d, m, high, multipliers)
+        p, q, d, m = search.settle_affine(x3, w3, scales, shifts, d, m, high, multiples)
         d, m = _half(d)[:, None], _half(m)[:, None]
-        codes = search.encode_affine(flat, (d * p).astype(np.float32).ravel(), (m * q).astype(np.float32).ravel(), high)
-        return self.pack(codes.reshape(blocks, -1).astype(np.uint8), p.astype(np.uint8), q.astype(np.uint8), d, m)
+        codes = search.encode_affine(x, (d * p).astype(np.float32).ravel(), (m * q).astype(np.float32).ravel(), high)
+        codes, p, q = (a.astype(np.uint8) for a in (codes.reshape(blocks, -1), p, q))
+        return self.pack(Encoded(codes, p, d, q, m))
 
 
-def _book(levels: tuple[float, float]) -> search.Codebook:
-    return search.Codebook(np.float32(levels[0]), np.float32(levels[1]))
+def _of_vectors(group: int, book: Codebook, starts: np.ndarray, pack: Callable, steps: int, unit: float) -> Scaled:
+    """The formats of two and three bits: vectors at one of `steps` odd multiples of half the super-scale."""
+    return Scaled(group, book, starts, pack, _range(0.5, steps - 0.5), unit, signed=False)
 
 
-def _outer(levels: tuple[float, float]) -> float:
-    return max(levels, key=abs)
+_TERNARY_STARTS = _starts((1, 4, 13))
+_IQ4_STARTS = _starts((-150, -105, 12), (95, 140, 12))
+_E2M1_STARTS = _starts((8, 16, 17))
+_IQ1_STARTS = _starts((1, 3, 8))
+_IQ2_STARTS = _starts((30, 60, 8))
+_IQ3_STARTS = _starts((40, 72, 8))
 
-
-def _nibbles(codes: np.ndarray, run: int) -> np.ndarray:
-    """Low halves of the codes: each run of `run` in the low nibbles of `run` bytes, the next run in the high ones."""
-    pairs = (codes & 15).reshape(len(codes), -1, 2, run)
-    return (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(len(codes), -1)
-
-
-def _pack_q4_0(codes, multipliers, d):
-    return _bytes(d, _nibbles(codes, 16))
-
-
-def _pack_q5_0(codes, multipliers, d):
-    return _bytes(d, np.packbits(codes >> 4, axis=1, bitorder="little"), _nibbles(codes, 16))
-
-
-def _pack_q8_0(codes, multipliers, d):
-    return _bytes(d, codes + np.uint8(129))
-
-
-def _pack_q6_k(codes, multipliers, d):
-    high = (codes >> 4).reshape(len(codes), 2, 4, 32) << np.array([0, 2, 4, 6], np.uint8)[:, None]
-    return _bytes(_nibbles(codes, 64), np.bitwise_or.reduce(high, axis=2), multipliers.astype(np.int8), d)
-
-
-def _six_bit_pairs(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """The 12 bytes of Q4_K and Q5_K that hold eight 6-bit scale multipliers and eight shift multipliers.
-
-    Bytes 0 to 3 and 4 to 7 hold the first four of each; bytes 8 to 11 the low nibbles of the last four, whose upper
-    two bits fill the top of the first eight bytes.
-    """
-    return np.concatenate(
-        [
-            p[:, :4] | (p[:, 4:] >> 4) << 6,
-            q[:, :4] | (q[:, 4:] >> 4) << 6,
-            (p[:, 4:] & 15) | (q[:, 4:] & 15) << 4,
-        ],
-        axis=1,
-    )
-
-
-def _pack_q4_k(codes, p, q, d, m):
-    return _bytes(d, -m, _six_bit_pairs(p, q), _nibbles(codes, 32))
-
-
-def _pack_q5_k(codes, p, q, d, m):
-    # Bit g of byte i is the fifth bit of weight i of group g.
-    high = np.packbits(codes.reshape(-1, 8, 32) >> 4, axis=1, bitorder="little")
-    return _bytes(d, -m, _six_bit_pairs(p, q), high, _nibbles(codes, 32))
-
-
-_QUANTIZERS: dict[WeightFormat, _Quantizer] = {
-    WeightFormat.Q4_0: _Scaled(32, (-8, 7), (1, 1), _starts(-8, 1, 19), _pack_q4_0),
-    WeightFormat.Q5_0: _Scaled(32, (-16, 15), (1, 1), _starts(-16, 1, 19), _pack_q5_0),
-    WeightFormat.Q8_0: _Scaled(32, (-127, 127), (1, 1), _starts(127, 0, 1), _pack_q8_0),
-    WeightFormat.Q4_K: _Affine(32, 15, 63, _starts(15, 1, 21), _pack_q4_k),
-    WeightFormat.Q5_K: _Affine(32, 31, 63, _starts(31, 1, 21), _pack_q5_k),
-    WeightFormat.Q6_K: _Scaled(16, (-32, 31), (-128, 127), _starts(-32, 1, 19), _pack_q6_k),
+_QUANTIZERS: dict[WeightFormat, Callable[[], Scaled | Affine]] = {
+    WeightFormat.Q1_0: lambda: Scaled(128, _levels([-1, 1]), _starts((1, 1, 1)), packing.q1_0, emphasis=False),
+    WeightFormat.Q2_0: lambda: Scaled(64, _range(-1, 2), _ends(-2.5, 2.5, 1.5), packing.q2_0, emphasis=False),
+    WeightFormat.Q4_0: lambda: Scaled(32, _range(-8, 7), _ends(-8, 7), packing.q4_0),
+    WeightFormat.Q4_1: lambda: Affine(32, 15, packing.q4_1),
+    WeightFormat.Q5_0: lambda: Scaled(32, _range(-16, 15), _ends(-16, 15), packing.q5_0),
+    WeightFormat.Q5_1: lambda: Affine(32, 31, packing.q5_1),
+    WeightFormat.Q8_0: lambda: Scaled(32, _range(-127, 127), _starts((127, 127, 1)), packing.q8_0),
+    WeightFormat.Q2_K: lambda: Affine(16, 3, packing.q2_k, _range(0, 15)),
+    WeightFormat.Q3_K: lambda: Scaled(16, _range(-4, 3), _ends(-4, 3), packing.q3_k, _range(-32, 31)),
+    WeightFormat.Q4_K: lambda: Affine(32, 15, packing.q4_k, _range(0, 63)),
+    WeightFormat.Q5_K: lambda: Affine(32, 31, packing.q5_k, _range(0, 63)),
+    WeightFormat.Q6_K: lambda: Scaled(16, _range(-32, 31), _ends(-32, 31), packing.q6_k, _range(-128, 127)),
+    WeightFormat.Q8_K: lambda: Scaled(256, _range(-127, 127), _starts((127, 127, 1)), packing.q8_k, field=np.float32),
+    WeightFormat.TQ1_0: lambda: Scaled(256, _range(-1, 1), _TERNARY_STARTS, packing.tq1_0, emphasis=False),
+    WeightFormat.TQ2_0: lambda: Scaled(256, _range(-1, 1), _TERNARY_STARTS, packing.tq2_0, emphasis=False),
+    WeightFormat.IQ1_S: lambda: _of_vectors(32, _ternary_vectors(2), _IQ1_STARTS, packing.iq1_s, 8, unit=2),
+    WeightFormat.IQ1_M: lambda: _of_vectors(16, _ternary_vectors(1), _IQ1_STARTS, packing.iq1_m, 8, unit=2),
+    WeightFormat.IQ2_XXS: lambda: _of_vectors(
+        32, _vectors(_grid(quants.IQ2_XXS), 32, EVEN_SIGNS), _IQ2_STARTS, packing.iq2_xxs, 16, unit=1 / 4
+    ),
+    WeightFormat.IQ2_XS: lambda: _of_vectors(
+        16, _vectors(_grid(quants.IQ2_XS), 32, EVEN_SIGNS), _IQ2_STARTS, packing.iq2_xs, 16, unit=1 / 4
+    ),
+    WeightFormat.IQ2_S: lambda: _of_vectors(
+        16, _vectors(_grid(quants.IQ2_S), 16, FREE_SIGNS), _IQ2_STARTS, packing.iq2_s, 16, unit=1 / 4
+    ),
+    WeightFormat.IQ3_XXS: lambda: _of_vectors(
+        32, _vectors(_grid(quants.IQ3_XXS), 16, EVEN_SIGNS), _IQ3_STARTS, packing.iq3_xxs, 16, unit=1 / 2
+    ),
+    WeightFormat.IQ3_S: lambda: _of_vectors(
+        32, _vectors(_grid(quants.IQ3_S), 16, FREE_SIGNS), _IQ3_STARTS / 4, packing.iq3_s, 16, unit=2
+    ),
+    WeightFormat.IQ4_NL: lambda: Scaled(32, _levels(quants.IQ4_NL.kvalues), _IQ4_STARTS, packing.iq4_nl),
+    WeightFormat.IQ4_XS: lambda: Scaled(
+        32, _levels(quants.IQ4_NL.kvalues), _IQ4_STARTS, packing.iq4_xs, _range(-32, 31)
+    ),
+    WeightFormat.MXFP4: lambda: Scaled(
+        32, _levels(np.unique(quants.MXFP4.kvalues)), _E2M1_STARTS, packing.mxfp4, _e8m0(), unit=None, signed=False
+    ),
+    WeightFormat.NVFP4: lambda: Scaled(
+        16, _levels(np.unique(quants.NVFP4.kvalues)), _E2M1_STARTS, packing.nvfp4, _ue4m3(), unit=None, signed=False
+    ),
 }
 
 
-def _pack_bfloat16(x: np.ndarray) -> np.ndarray:
+def _bfloat16(x: np.ndarray) -> np.ndarray:
     """The upper half of each float32, rounded to nearest, ties to even."""
     bits = x.view(np.uint32)
     return ((bits + (0x7FFF + (bits >> 16 & 1))) >> 16).astype(np.uint16)
@@ -187,24 +246,35 @@ def _pack_bfloat16(x: np.ndarray) -> np.ndarray:
 
 _CASTS: dict[WeightFormat, Callable[[np.ndarray], np.ndarray]] = {
     WeightFormat.F32: lambda x: x,
-    WeightFormat.F16: lambda x: _half(x),
-    WeightFormat.BF16: _pack_bfloat16,
+    WeightFormat.F16: _half,
+    WeightFormat.BF16: _bfloat16,
 }
 
 
-def quantize_rows(values: np.ndarray, format: WeightFormat, importance: np.ndarray | None = None) -> np.ndarray:
-    """Rows of weights as GGUF blocks.
+@cache
+def _quantizer(format: WeightFormat) -> Scaled | Affine:
+    if format not in _QUANTIZERS:
+        raise ValueError(f"there is no quantizer for {format.name}")
+    return _QUANTIZERS[format]()
 
-    values: (rows, columns) float32, finite. importance: (columns,) float32, the mean square of the activations that
-    meet each column (an importance matrix), or None to count every column alike. Returns (rows, row_bytes) uint8.
-    Raises ValueError when the columns do not fill whole blocks or the format has no quantizer.
+
+def quantize_rows(values: np.ndarray, format: WeightFormat, importance: np.ndarray | None) -> np.ndarray:
+    """See `trichord.quantize.quantize_blocks`.
+
+    An error in a weight counts by the importance of its column and, where the format has `emphasis`, by
+    sqrt(mean square of the block + the weight's square): large weights matter more to a model's output than their
+    share of the squared error, which is ggml's rule for its importance-weighted formats.
     """
     row_bytes = format.row_bytes(values.shape[1])
     values = np.ascontiguousarray(values, np.float32)
     if format in _CASTS:
-        return _CASTS[format](values).view(np.uint8).reshape(len(values), row_bytes)
-    if format not in _QUANTIZERS:
-        raise ValueError(f"there is no quantizer for {format.name}")
-    x = values.reshape(-1, format.block_size)
-    w = _sensitivity(x, importance, values.shape[1])
-    return _QUANTIZERS[format](x, w).reshape(len(values), row_bytes)
+        return np.ascontiguousarray(_CASTS[format](values)).view(np.uint8).reshape(len(values), row_bytes)
+    quantizer = _quantizer(format)
+    w = np.ones_like(values) if importance is None else np.broadcast_to(importance.astype(np.float32), values.shape)
+    x, w = values.reshape(-1, format.block_size), w.reshape(-1, format.block_size)
+    if quantizer.emphasis:
+        square = np.square(x)
+        w = w * np.sqrt(square.mean(axis=1, keepdims=True) + square)
+    # A block of zeros, or of columns never active, would leave nothing to minimize.
+    w = np.maximum(w, np.float32(1e-30))
+    return quantizer(x, w).reshape(len(values), row_bytes)

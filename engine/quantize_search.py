@@ -18,34 +18,137 @@ from numba import njit
 # Sums may be reordered into SIMD lanes; a zero divisor gives inf or nan instead of a Python exception.
 _compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
 
+_inlined = njit(inline="always", error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
 
 
 class Codebook(NamedTuple):
-    """The values that codes stand for at scale 1: low, low + 1, ... high."""
+    """The values that codes stand for at scale 1.
+
+    Three kinds, told apart by which arrays are empty: low, low + 1, ... high; the sorted `levels`; or `vectors`, each
+    of which serves several neighbouring weights at once. A vector is found by rounding the weights to `levels`, reading
+    the rounded point as a number in base len(levels), and searching that point's `shortlist` only.
+    """
 
     low: np.float32
     high: np.float32
+    levels: np.ndarray  # (n,) float32
+    edges: np.ndarray  # (n - 1,) float32: halfway between neighbouring levels
+    vectors: np.ndarray  # (size, width) float32
+    shortlist: np.ndarray  # (alternatives, len(levels) ** width, near) int16; a group keeps to one alternative
+    signs: np.int64  # vectors are of magnitudes, the sign of each weight being stored: NO_SIGNS, FREE_SIGNS, EVEN_SIGNS
+
+
+NO_SIGNS, FREE_SIGNS, EVEN_SIGNS = 0, 1, 2  # EVEN: of every 8 weights an even number is negative
 
 
 @_compiled
-def _nearest(x, inverse, book, unit):
-    """unit[i] becomes the codebook value nearest to x[i] * inverse."""
+def _nearest(x, w, inverse, book, unit, index):
+    """unit[i] becomes the codebook value nearest to x[i] * inverse; index[j] that of its j-th vector."""
+    if book.vectors.size:
+        _nearest_vectors(x, w, inverse, book, unit, index)
+    elif book.levels.size:
+        for i in range(x.size):
+            unit[i] = book.levels[0]
+        for k in range(book.edges.size):
+            for i in range(x.size):
+                unit[i] = book.levels[k + 1] if x[i] * inverse > book.edges[k] else unit[i]
+    else:
+        for i in range(x.size):
+            unit[i] = _round(x[i] * inverse, book.low, book.high)
+
+
+@_compiled
+def _nearest_vectors(x, w, inverse, book, unit, index):
+    width = book.vectors.shape[1]
+    base = book.levels.size
+    y = np.empty(x.size, np.float32)
+    sign = np.ones(x.size, np.float32)
+    if book.signs == NO_SIGNS:
+        for i in range(x.size):
+            y[i] = x[i] * inverse
+    else:
+        for i in range(x.size):
+            sign[i] = -_ONE if x[i] < _ZERO else _ONE
+            y[i] = abs(x[i]) * abs(inverse)
+        if book.signs == EVEN_SIGNS:
+            _make_even(y, w, sign)
+    best_total = np.float32(np.inf)
+    found = np.empty(x.size // width, np.int32)
+    for alternative in range(book.shortlist.shape[0]):
+        total = _ZERO
+        for j in range(x.size // width):
+            point, place = 0, 1
+            for i in range(j * width, (j + 1) * width):
+                digit = 0
+                for k in range(book.edges.size):
+                    digit += y[i] > book.edges[k]
+                point += digit * place
+                place *= base
+            best = np.float32(np.inf)
+            for candidate in book.shortlist[alternative, point]:
+                error = _ZERO
+                for i in range(width):
+                    miss = y[j * width + i] - book.vectors[candidate, i]
+                    error += w[j * width + i] * miss * miss
+                if error < best:
+                    best, found[j] = error, candidate
+            total += best
+        if total < best_total:
+            best_total = total
+            for j in range(x.size // width):
+                index[j] = found[j]
     for i in range(x.size):
-        step = np.rint(x[i] * inverse - book.low) + book.low
-        unit[i] = min(max(step, book.low), book.high)
+        unit[i] = sign[i] * book.vectors[index[i // width], i % width]
 
 
 @_compiled
-def _correlate(x, w, unit):
-    """sum(w x u) and sum(w u u): their quotient is the best scale for these codes."""
+def _make_even(y, w, sign):
+    """Where an odd number of 8 neighbours is negative, turns the one whose wrong sign costs least."""
+    for start in range(0, y.size, 8):
+        product = _ONE
+        cheapest, cost = start, np.float32(np.inf)
+        for i in range(start, start + 8):
+            product *= sign[i]
+            if w[i] * y[i] * y[i] < cost:
+                cheapest, cost = i, w[i] * y[i] * y[i]
+        if product < _ZERO:
+            sign[cheapest] = -sign[cheapest]
+            y[cheapest] = -y[cheapest]
+
+
+@_inlined
+def _match(x, w, inverse, book, unit, index):
+    """sum(w x u) and sum(w u u) for the nearest values u: their quotient is the best scale for these codes."""
+    if not book.levels.size:
+        return _match_range(x, w, inverse, book.low, book.high)
+    _nearest(x, w, inverse, book, unit, index)
     dot = norm = _ZERO
     for i in range(x.size):
         wu = w[i] * unit[i]
         dot += wu * x[i]
         norm += wu * unit[i]
     return dot, norm
+
+
+@_compiled
+def _match_range(x, w, inverse, low, high):
+    """The same in one pass that stores nothing, several times faster."""
+    dot = norm = _ZERO
+    for i in range(x.size):
+        u = _round(x[i] * inverse, low, high)
+        wu = w[i] * u
+        dot += wu * x[i]
+        norm += wu * u
+    return dot, norm
+
+
+@_compiled
+def _round(y, low, high):
+    """The nearest of low, low + 1, ... high."""
+    return min(max(np.rint(y - low) + low, low), high)
 
 
 @_compiled
@@ -59,17 +162,38 @@ def _extreme(x):
 
 
 @_compiled
-def _fit_scale(x, w, book, starts, unit):
+def _code(value, book):
+    """The number of a member of a codebook of numbers."""
+    if book.levels.size:
+        return np.searchsorted(book.edges, value)
+    return np.int64(value - book.low)
+
+
+@_compiled
+def _member(code, book):
+    return book.levels[code] if book.levels.size else book.low + np.float32(code)
+
+
+@_compiled
+def _size(book):
+    return book.levels.size if book.levels.size else np.int64(book.high - book.low) + 1
+
+
+@_compiled
+def _inverse(scale):
+    return _ONE / scale if scale != _ZERO else _ZERO
+
+
+@_inlined
+def _fit_scale(x, w, book, starts, signed, unit, index):
     """The best scale of one group, and its curvature: how fast the error grows with the square of a change in scale."""
-    extreme = _extreme(x)
-    best_dot = best_gain = _ZERO
-    best_norm = _ZERO
+    extreme = _extreme(x) if signed else abs(_extreme(x))
+    best_dot = best_norm = best_gain = _ZERO
     if extreme != _ZERO:
         for k in range(starts.size + 2):
             # After the given starting points, two steps of alternating least squares from the best of them.
             inverse = starts[k] / extreme if k < starts.size else best_norm / best_dot
-            _nearest(x, inverse, book, unit)
-            dot, norm = _correlate(x, w, unit)
+            dot, norm = _match(x, w, inverse, book, unit, index)
             if dot * dot > best_gain * norm:
                 best_dot, best_norm, best_gain = dot, norm, dot * dot / norm
     if best_norm == _ZERO:
@@ -78,24 +202,20 @@ def _fit_scale(x, w, book, starts, unit):
 
 
 @_compiled
-def fit_scales(x, w, book, starts):
+def fit_scales(x, w, book, starts, signed):
     """Best scale of each group by itself.
 
     x, w: (groups, n). starts: levels onto which a group's extreme element is mapped, one try each.
+    signed: whether a scale may be negative, which turns an asymmetric codebook around.
     Returns the scales (groups,) and their curvatures (groups,), both float32.
     """
     groups, n = x.shape
     scales = np.empty(groups, np.float32)
     curvatures = np.empty(groups, np.float32)
-    unit = np.empty(n, np.float32)
+    unit, index = np.empty(n, np.float32), np.empty(n, np.int32)
     for g in range(groups):
-        scales[g], curvatures[g] = _fit_scale(x[g], w[g], book, starts, unit)
+        scales[g], curvatures[g] = _fit_scale(x[g], w[g], book, starts, signed, unit, index)
     return scales, curvatures
-
-
-@_compiled
-def _inverse(scale):
-    return _ONE / scale if scale != _ZERO else _ZERO
 
 
 @_compiled
@@ -103,29 +223,28 @@ def settle_scales(x, w, scales, super_scales, book, multipliers):
     """Chooses each group's multiplier of its block's super-scale, then the super-scale again by least squares.
 
     x, w: (blocks, groups, n). scales: (blocks, groups), each group's own best. super_scales: (blocks,).
-    Returns the multipliers (blocks, groups), members of the codebook `multipliers`, and the super-scales (blocks,).
+    Returns the numbers of the multipliers (blocks, groups) int32 in their codebook, and the super-scales (blocks,).
     """
     blocks, groups, n = x.shape
-    chosen = np.empty((blocks, groups), np.float32)
+    chosen = np.empty((blocks, groups), np.int32)
     refined = np.empty(blocks, np.float32)
-    unit = np.empty(n, np.float32)
-    candidate = np.empty(1, np.float32)
+    unit, index = np.empty(n, np.float32), np.empty(n, np.int32)
+    nearest = np.empty(1, np.float32)
     for b in range(blocks):
         d = super_scales[b]
         dots = norms = _ZERO
         for g in range(groups):
-            best_error = best_dot = best_norm = _ZERO
-            for step in (_ZERO, -_ONE, _ONE):
-                _nearest(scales[b, g : g + 1], _inverse(d), multipliers, candidate)
-                m = candidate[0] + step
-                if m < multipliers.low or m > multipliers.high:
-                    continue
-                _nearest(x[b, g], _inverse(d * m), book, unit)
-                dot, norm = _correlate(x[b, g], w[b, g], unit)
-                error = d * m * (d * m * norm - (dot + dot))
-                if step == _ZERO or error < best_error:
-                    best_error, best_dot, best_norm = error, m * dot, m * m * norm
-                    chosen[b, g] = m
+            _nearest(scales[b, g : g + 1], scales[b, g : g + 1], _inverse(d), multipliers, nearest, index)
+            guess = _code(nearest[0], multipliers)
+            best_error, best_dot, best_norm = np.float32(np.inf), _ZERO, _ZERO
+            for code in range(max(guess - 1, 0), min(guess + 2, _size(multipliers))):
+                multiplier = _member(code, multipliers)
+                scale = d * multiplier
+                dot, norm = _match(x[b, g], w[b, g], _inverse(scale), book, unit, index)
+                error = scale * (scale * norm - (dot + dot))
+                if error < best_error:
+                    best_error, best_dot, best_norm = error, multiplier * dot, multiplier * multiplier * norm
+                    chosen[b, g] = code
             dots += best_dot
             norms += best_norm
         refined[b] = dots / norms if norms > _ZERO else d
@@ -133,29 +252,33 @@ def settle_scales(x, w, scales, super_scales, book, multipliers):
 
 
 @_compiled
-def encode(x, scales, book):
-    """The codebook value nearest to each x over its group's scale. x: (groups, n). scales: (groups,)."""
+def encode(x, w, scales, book):
+    """The members of the codebook nearest to each group over its scale.
+
+    x, w: (groups, n). scales: (groups,). Returns codes (groups, n) uint16, or (groups, n // width) for vectors, and
+    the values they stand for (groups, n) float32.
+    """
     groups, n = x.shape
     units = np.empty((groups, n), np.float32)
+    width = book.vectors.shape[1]
+    codes = np.empty((groups, n // width), np.uint16)
+    index = np.empty(n, np.int32)
     for g in range(groups):
-        _nearest(x[g], _inverse(scales[g]), book, units[g])
-    return units
+        _nearest(x[g], w[g], _inverse(scales[g]), book, units[g], index)
+        for j in range(codes.shape[1]):
+            codes[g, j] = index[j] if book.vectors.size else _code(units[g, j], book)
+    return codes, units
 
 
 @_compiled
-def _affine_codes(x, inverse, shift, high, unit):
-    for i in range(x.size):
-        unit[i] = min(max(np.rint((x[i] - shift) * inverse), _ZERO), high)
-
-
-@_compiled
-def _affine_correlate(x, w, unit):
-    """sum(w u), sum(w u u) and sum(w x u)."""
+def _match_affine(x, w, inverse, shift, high):
+    """sum(w u), sum(w u u) and sum(w x u) for the codes u of x = u / inverse + shift."""
     first = second = dot = _ZERO
     for i in range(x.size):
-        wu = w[i] * unit[i]
+        u = min(max(np.rint((x[i] - shift) * inverse), _ZERO), high)
+        wu = w[i] * u
         first += wu
-        second += wu * unit[i]
+        second += wu * u
         dot += wu * x[i]
     return first, second, dot
 
@@ -172,7 +295,6 @@ def fit_affine(x, w, high, starts, signed):
     shifts = np.empty(groups, np.float32)
     scale_curvatures = np.empty(groups, np.float32)
     shift_curvatures = np.empty(groups, np.float32)
-    unit = np.empty(n, np.float32)
     for g in range(groups):
         xs, ws = x[g], w[g]
         lowest = highest = xs[0]
@@ -191,10 +313,9 @@ def fit_affine(x, w, high, starts, signed):
         if span > _ZERO:
             for k in range(starts.size + 2):
                 if k < starts.size:
-                    _affine_codes(xs, starts[k] / span, lowest, high, unit)
+                    first, second, dot = _match_affine(xs, ws, starts[k] / span, lowest, high)
                 else:
-                    _affine_codes(xs, _inverse(scale), shift, high, unit)
-                first, second, dot = _affine_correlate(xs, ws, unit)
+                    first, second, dot = _match_affine(xs, ws, _inverse(scale), shift, high)
                 determinant = weight * second - first * first
                 if determinant <= _ZERO:
                     continue
@@ -221,8 +342,7 @@ def settle_affine(x, w, scales, shifts, d, m, high, multipliers):
     scale_codes = np.empty((blocks, groups), np.float32)
     shift_codes = np.empty((blocks, groups), np.float32)
     refined_d, refined_m = d.copy(), m.copy()
-    unit = np.empty(n, np.float32)
-    pair = np.empty(1, np.float32)
+    nearest, index = np.empty(1, np.float32), np.empty(1, np.int32)
     for b in range(blocks):
         # The normal equations of (d, m) over the whole block.
         dd = dm = mm = dx = mx = _ZERO
@@ -232,10 +352,10 @@ def settle_affine(x, w, scales, shifts, d, m, high, multipliers):
             for i in range(n):
                 weight += ws[i]
                 total += ws[i] * xs[i]
-            _nearest(scales[b, g : g + 1], _inverse(d[b]), multipliers, pair)
-            scale_guess = pair[0]
-            _nearest(shifts[b, g : g + 1], _inverse(m[b]), multipliers, pair)
-            shift_guess = pair[0]
+            _nearest(scales[b, g : g + 1], ws, _inverse(d[b]), multipliers, nearest, index)
+            scale_guess = nearest[0]
+            _nearest(shifts[b, g : g + 1], ws, _inverse(m[b]), multipliers, nearest, index)
+            shift_guess = nearest[0]
             best_error = _ZERO
             best = (_ZERO, _ZERO, _ZERO)
             for k in range(9):
@@ -244,8 +364,7 @@ def settle_affine(x, w, scales, shifts, d, m, high, multipliers):
                 if min(p, q) < multipliers.low or max(p, q) > multipliers.high:
                     continue
                 scale, shift = d[b] * p, m[b] * q
-                _affine_codes(xs, _inverse(scale), shift, high, unit)
-                first, second, dot = _affine_correlate(xs, ws, unit)
+                first, second, dot = _match_affine(xs, ws, _inverse(scale), shift, high)
                 error = scale * (scale * second - (dot + dot)) + shift * (shift * weight - (total + total))
                 error += (scale + scale) * shift * first
                 if k == 0 or error < best_error:
@@ -273,5 +392,7 @@ def encode_affine(x, scales, shifts, high):
     groups, n = x.shape
     codes = np.empty((groups, n), np.float32)
     for g in range(groups):
-        _affine_codes(x[g], _inverse(scales[g]), shifts[g], high, codes[g])
+        inverse = _inverse(scales[g])
+        for i in range(n):
+            codes[g, i] = min(max(np.rint((x[g, i] - shifts[g]) * inverse), _ZERO), high)
     return codes
