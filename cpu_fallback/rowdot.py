@@ -1,0 +1,249 @@
+"""The machine code that reads packed blocks in place: products of rows with activations, and rows as float32.
+
+One skeleton walks over rows and blocks; a format enters through its decode function alone (see `decode`), a precision
+through the way a group of 32 weights meets 32 activations:
+
+    exact    float32 weights times float32 activations
+    default  16-bit activations: bytes become words, pairs of products are summed in 32 bits
+    fast     8-bit activations: four products are summed in 32 bits
+
+The integer sum of a group (at most 32 * 128 * 32767, which 31 bits hold) becomes float32 at once and is added up times
+the product of both scales. All lanes of an accumulator are summed at the end of the row, so only scales care which
+lane is which: lanes 0 to 3 belong to the first 16 weights of a group, lanes 4 to 7 to the other 16.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import FunctionType
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from trichord.cpu_fallback.decode import DECODERS, GROUP, Decoded, chunk
+from trichord.cpu_fallback.jit import compile_address
+from trichord.cpu_fallback.jobs import FIELDS
+from trichord.cpu_fallback.vectors import F32, I8, I16, I64, Emitter, LlvmBlock, Vector, even_odd
+from trichord.weight_format import WeightFormat
+
+_STRIDE = 256
+"""Weights decoded together: short blocks are joined, so that their scales are multiplied as one vector."""
+
+ACTIVATION_BYTES = {"exact": 4, "default": 2, "fast": 1}
+
+
+@functools.cache
+def dot_kernel(format: WeightFormat, precision: str, tokens: int) -> int:
+    """Address of the kernel (see `jobs`) that multiplies rows of weights by `tokens` rows of activations at a time."""
+    name = f"dot_{format.name}_{precision}_{tokens}"
+    return _compile(name, lambda emitter, job: _Dot(emitter, job, format, precision, tokens))
+
+
+@functools.cache
+def dequantize_kernel(format: WeightFormat) -> int:
+    """Address of the kernel (see `jobs`) that writes rows of weights as float32, padded to whole groups of 32."""
+    return _compile(f"dequantize_{format.name}", lambda emitter, job: _Dequantize(emitter, job, format))
+
+
+def _compile(name: str, make: Callable[[Emitter, dict[str, ir.Value]], _Rows]) -> int:
+    @intrinsic
+    def emit_rows(typing_context, job, first, last):  # type: ignore[no-untyped-def]
+        def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            pointer, first, last = arguments
+            triple, _, features = context.codegen().magic_tuple()
+            loads = (builder.load(builder.gep(pointer, [I64(i)])) for i in range(len(FIELDS)))
+            make(Emitter(builder, triple, features), dict(zip(FIELDS, loads, strict=True))).emit(first, last)
+            return context.get_dummy_value()
+
+        return types.void(job, first, last), emit
+
+    # The intrinsic as a global of a function named after the kernel: the disk cache goes by the name.
+    named = FunctionType(_kernel.__code__, {**globals(), "emit_rows": emit_rows}, name)
+    named.__qualname__ = name
+    return compile_address(named, "void(CPointer(int64), int64, int64)")
+
+
+def _kernel(job, first, last):  # type: ignore[no-untyped-def]
+    emit_rows(job, first, last)  # noqa: F821
+
+
+class _Rows:
+    """Emits the walk over rows and blocks; what happens to a block is the subclass's."""
+
+    def __init__(self, emitter: Emitter, job: dict[str, ir.Value], format: WeightFormat) -> None:
+        self.emitter, self.builder, self.job, self.format = emitter, emitter.builder, job, format
+        self.decoder = DECODERS[format]
+
+    def begin_row(self) -> None:
+        """Before a row's first block."""
+
+    def block(self, decoded: Decoded, position: ir.Value) -> None:
+        """The weights from column `position` on."""
+        raise NotImplementedError
+
+    def end_row(self) -> None:
+        """After a row's last block."""
+
+    def emit(self, first: ir.Value, last: ir.Value) -> None:
+        """The kernel's body."""
+        builder, emitter = self.builder, self.emitter
+        weights, size = chunk(self.format)
+        joined = _STRIDE // weights
+        chunks = builder.udiv(self.job["columns"], I64(weights))
+        strides = builder.udiv(chunks, I64(joined))
+        base = self.pointer("weights")
+        with emitter.loop(first, last) as row:
+            self.row = row
+            start = emitter.move(base, builder.mul(row, self.job["row_bytes"]))
+            self.begin_row()
+            with emitter.loop(I64(0), strides) as i:
+                pointer = emitter.move(start, builder.mul(i, I64(joined * size)))
+                self.block(self._decode(pointer, joined), builder.mul(i, I64(joined * weights)))
+            if joined > 1:
+                with emitter.loop(builder.mul(strides, I64(joined)), chunks) as i:
+                    pointer = emitter.move(start, builder.mul(i, I64(size)))
+                    self.block(self._decode(pointer, 1), builder.mul(i, I64(weights)))
+            if self.format.block_size == 1:
+                self._rest(start, builder.mul(chunks, I64(weights)), size // weights)
+            self.end_row()
+
+    def _decode(self, pointer: ir.Value, joined: int) -> Decoded:
+        size = chunk(self.format)[1]
+        blocks = [self.decoder(LlvmBlock(self.emitter, self.emitter.move(pointer, i * size))) for i in range(joined)]
+        quants = [q for block in blocks for q in block.quants]
+        scales, minimums = (
+            None if parts[0] is None else self.emitter.concat(*parts)
+            for parts in ([block[field] for block in blocks] for field in (1, 2))
+        )
+        return Decoded(quants, scales, minimums)
+
+    def _rest(self, start: ir.Value, position: ir.Value, itemsize: int) -> None:
+        """The weights of a row after its whole groups: decoded from a zero-padded copy, to read nothing past the row."""
+        builder = self.builder
+        count = builder.sub(self.job["columns"], position)
+        with builder.if_then(builder.icmp_unsigned(">", count, I64(0))):
+            copy = cgutils.alloca_once(builder, I8, size=GROUP * itemsize)
+            cgutils.memset(builder, copy, I64(GROUP * itemsize), 0)
+            source = self.emitter.move(start, builder.mul(position, I64(itemsize)))
+            cgutils.raw_memcpy(builder, copy, source, builder.mul(count, I64(itemsize)), 1)
+            self.block(self._decode(copy, 1), position)
+
+    def pointer(self, field: str) -> ir.Value:
+        """A field of the job as an address of bytes."""
+        return self.builder.inttoptr(self.job[field], I8.as_pointer())
+
+    def at(self, base: ir.Value, index: ir.Value, itemsize: int, extra: int = 0) -> ir.Value:
+        """The address of base[index + extra] for elements of `itemsize` bytes."""
+        return self.emitter.move(self.emitter.move(base, self.builder.mul(index, I64(itemsize))), extra * itemsize)
+
+
+class _Dequantize(_Rows):
+    def block(self, decoded: Decoded, position: ir.Value) -> None:
+        emitter, (quants, scales, minimums) = self.emitter, decoded
+        base = self.at(self.pointer("y"), self.builder.mul(self.row, self.job["y_stride"]), 4)
+        for i in range(4 * len(quants)):
+            values = quants[i // 4].lanes(range(i % 4 * 8, i % 4 * 8 + 8)).float()
+            for parts, apply in ((scales, Vector.__mul__), (minimums, Vector.__sub__)):
+                if parts is not None:
+                    values = apply(values, parts.lanes([i * parts.count // (4 * len(quants))] * 8))
+            emitter.store(values, self.at(base, position, 4, 8 * i))
+
+
+class _Dot(_Rows):
+    def __init__(
+        self, emitter: Emitter, job: dict[str, ir.Value], format: WeightFormat, precision: str, tokens: int
+    ) -> None:
+        super().__init__(emitter, job, format)
+        self.tokens, self.itemsize = range(tokens), ACTIVATION_BYTES[precision]
+        self.meet = {"exact": self._meet_floats, "default": self._meet_words, "fast": self._meet_bytes}[precision]
+        padded = self.builder.and_(self.builder.add(job["columns"], I64(GROUP - 1)), I64(-GROUP))
+        self.starts = [self.builder.mul(padded, I64(token)) for token in self.tokens]
+        # A chain of additions waits for each one: a lone token gets several chains.
+        self.sums = [[emitter.variable(emitter.zeros(8)) for _ in range(max(1, 4 // tokens))] for _ in self.tokens]
+
+    def begin_row(self) -> None:
+        for place in sum(self.sums, []):
+            self.builder.store(self.emitter.zeros(8).value, place)
+
+    def end_row(self) -> None:
+        for token in self.tokens:
+            parts = [Vector(self.emitter, self.builder.load(place)) for place in self.sums[token]]
+            index = self.builder.add(self.builder.mul(I64(token), self.job["y_stride"]), self.row)
+            total = functools.reduce(Vector.__add__, parts)
+            self.emitter.store(self.emitter.sum(total), self.at(self.pointer("y"), index, 4))
+
+    def block(self, decoded: Decoded, position: ir.Value) -> None:
+        quants, scales, minimums = decoded
+        self.groups = len(quants)
+        places = [self.builder.add(start, position) for start in self.starts]
+        factors = [self._factors(scales, place) for place in places]
+        for token, place in enumerate(places):
+            if minimums is not None:
+                self._subtract_minimums(token, minimums, place)
+        for group, quant in enumerate(quants):
+            for token, place in enumerate(places):
+                x = self.at(self.pointer("x"), place, self.itemsize, GROUP * group)
+                self.meet(token, group, quant, x, factors[token])
+
+    def _add(self, token: int, chain: int, a: Vector, b: Vector) -> None:
+        place = self.sums[token][chain % len(self.sums[token])]
+        total = self.emitter.multiply_add(a, b, Vector(self.emitter, self.builder.load(place)))
+        self.builder.store(total.value, place)
+
+    def _factors(self, scales: Vector | None, place: ir.Value) -> Vector | None:
+        """The scales of weights, times those of activations, for each group or each half of one."""
+        if scales is None:
+            return None
+        count = max(scales.count, self.groups)
+        scales = scales.lanes([i * scales.count // count for i in range(count)])
+        if self.itemsize == 4:
+            return scales
+        group = self.builder.lshr(place, I64(5))
+        of_x = self.emitter.load(self.at(self.pointer("x_scales"), group, 4), F32, self.groups)
+        return scales * of_x.lanes([i * self.groups // count for i in range(count)])
+
+    def _subtract_minimums(self, token: int, minimums: Vector, place: ir.Value) -> None:
+        half_group = self.builder.lshr(place, I64(4))
+        sums = self.emitter.load(self.at(self.pointer("x_sums"), half_group, 4), F32, 2 * self.groups)
+        if minimums.count <= self.groups:
+            sums = sums.lanes(range(0, sums.count, 2)) + sums.lanes(range(1, sums.count, 2))
+        minimums = minimums.lanes([i * minimums.count // sums.count for i in range(sums.count)]) * -1.0
+        for i in range(0, sums.count, 8):
+            parts = (v.lanes(range(i, i + 8)) if v.count >= 8 else self._padded(v) for v in (minimums, sums))
+            self._add(token, i // 8, *parts)
+
+    def _padded(self, vector: Vector) -> Vector:
+        return vector.lanes([*range(vector.count), *[vector.count] * (8 - vector.count)], self.emitter.zeros(vector.count))
+
+    def _scale(self, factors: Vector, group: int) -> Vector:
+        """The factors of a group's integer sums: one, or one for the lanes of each half."""
+        halves = factors.count // self.groups
+        return factors.lanes([group * halves] * 4 + [group * halves + halves - 1] * 4)
+
+    def _meet_words(self, token: int, group: int, quant: Vector, x: ir.Value, factors: Vector) -> None:
+        emitter = self.emitter
+        activations = (emitter.load(emitter.move(x, i), I16, 16) for i in (0, 32))
+        first, second = map(emitter.multiply_pairs, even_odd(quant), activations)
+        self._add(token, group, (first + second).float(), self._scale(factors, group))
+
+    def _meet_bytes(self, token: int, group: int, quant: Vector, x: ir.Value, factors: Vector) -> None:
+        sums = self.emitter.multiply_bytes(quant, self.emitter.load(x, I8, 32, signed=True))
+        self._add(token, group, sums.float(), self._scale(factors, group))
+
+    def _meet_floats(self, token: int, group: int, quant: Vector, x: ir.Value, factors: Vector | None) -> None:
+        emitter = self.emitter
+        weights = [quant.lanes(range(i, i + 8)).float() for i in (0, 8, 16, 24)]
+        activations = [emitter.load(emitter.move(x, 32 * i), F32, 8) for i in range(4)]
+        if factors is None:
+            for i in range(4):
+                self._add(token, 4 * group + i, weights[i], activations[i])
+            return
+        halves = factors.count // self.groups
+        for half in range(halves):
+            total = emitter.zeros(8)
+            for i in range(4 * half // halves, 4 * (half + 1) // halves):
+                total = emitter.multiply_add(weights[i], activations[i], total)
+            self._add(token, group, total, factors.lanes([group * halves + half] * 8))

@@ -1,0 +1,268 @@
+"""Short vectors of LLVM's IR with Python's operators, and the block of a decode function made of them.
+
+Everything is generic IR, which LLVM lowers for any CPU. x86 instructions are asked for by name in two places only,
+`multiply_pairs` and `multiply_bytes`: LLVM does not find those by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from llvmlite import ir
+from numba.core import cgutils
+
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+F16, F32 = ir.HalfType(), ir.FloatType()
+_BITS = {I8: 8, I16: 16, F16: 16, I32: 32, F32: 32, I64: 64}
+
+
+def _type(element: ir.Type, count: int) -> ir.Type:
+    return ir.VectorType(element, count) if count > 1 else element
+
+
+class Vector:
+    """A value of `count` lanes while code is emitted. Integers are shifted and converted by their `signed`."""
+
+    def __init__(self, emitter: Emitter, value: ir.Value, signed: bool = False) -> None:
+        self.emitter, self.value, self.signed = emitter, value, signed
+
+    @property
+    def count(self) -> int:
+        """Lanes; a scalar has one."""
+        return self.value.type.count if isinstance(self.value.type, ir.VectorType) else 1
+
+    @property
+    def element(self) -> ir.Type:
+        """The type of one lane."""
+        return self.value.type.element if isinstance(self.value.type, ir.VectorType) else self.value.type
+
+    def make(self, value: ir.Value, signed: bool | None = None) -> Vector:
+        """A result in self's place; of its signedness, unless told."""
+        return Vector(self.emitter, value, self.signed if signed is None else signed)
+
+    def lanes(self, numbers: Sequence[int], other: Vector | None = None) -> Vector:
+        """The lanes asked for, numbered through self and then `other` (of the same count)."""
+        first, second = (self.emitter.as_vector(v.value) if v else None for v in (self, other))
+        second = second or ir.Constant(first.type, ir.Undefined)
+        mask = ir.Constant(ir.VectorType(I32, len(numbers)), list(numbers))
+        return self.make(self.emitter.builder.shuffle_vector(first, second, mask))
+
+    def widen(self, count: int) -> Vector:
+        """Self in `count` lanes, where it has one."""
+        return self if self.count == count else self.lanes([0] * count)
+
+    def bitcast(self, element: ir.Type) -> Vector:
+        """The same bits as lanes of another type."""
+        count = self.count * _BITS[self.element] // _BITS[element]
+        return self.make(self.emitter.builder.bitcast(self.value, _type(element, count)))
+
+    def integer(self, element: ir.IntType) -> Vector:
+        """Integers in wider lanes."""
+        extend = self.emitter.builder.sext if self.signed else self.emitter.builder.zext
+        return self.make(extend(self.value, _type(element, self.count)))
+
+    def float(self) -> Vector:
+        """Integers as float32; float32 as it is."""
+        if self.element == F32:
+            return self
+        convert = self.emitter.builder.sitofp if self.signed else self.emitter.builder.uitofp
+        return self.make(convert(self.value, _type(F32, self.count)))
+
+    def _binary(self, other: Vector | float, integer: str, floating: str = "") -> Vector:
+        if not isinstance(other, Vector):
+            other = self.make(self.emitter.constant(self.element, other))
+        count = max(self.count, other.count)
+        operation = getattr(self.emitter.builder, floating if self.element == F32 else integer)
+        return self.make(operation(self.widen(count).value, other.widen(count).value))
+
+    def __and__(self, other: Vector | int) -> Vector:
+        return self._binary(other, "and_")
+
+    def __or__(self, other: Vector | int) -> Vector:
+        return self._binary(other, "or_")
+
+    def __xor__(self, other: Vector | int) -> Vector:
+        return self._binary(other, "xor")
+
+    def __lshift__(self, other: Vector | int) -> Vector:
+        return self._binary(other, "shl")
+
+    def __rshift__(self, other: Vector | int) -> Vector:
+        return self._binary(other, "ashr" if self.signed else "lshr")
+
+    def __add__(self, other: Vector | float) -> Vector:
+        return self._binary(other, "add", "fadd")
+
+    def __sub__(self, other: Vector | float) -> Vector:
+        return self._binary(other, "sub", "fsub")
+
+    def __mul__(self, other: Vector | float) -> Vector:
+        return self._binary(other, "mul", "fmul")
+
+
+class Emitter:
+    """Emits code at a builder's place for a CPU with these features (LLVM's names, such as "+avx2")."""
+
+    def __init__(self, builder: ir.IRBuilder, triple: str, features: str) -> None:
+        self.builder = builder
+        self.avx2 = "+avx2" in features
+        self._native_half = "+f16c" in features or not triple.startswith(("x86_64", "i686"))
+
+    def constant(self, element: ir.Type, number: float, count: int = 1) -> ir.Constant:
+        """The same number in every lane."""
+        return ir.Constant(_type(element, count), [number] * count if count > 1 else number)
+
+    def zeros(self, count: int) -> Vector:
+        """float32 zeros."""
+        return Vector(self, self.constant(F32, 0.0, count))
+
+    def as_vector(self, value: ir.Value) -> ir.Value:
+        """A scalar as a vector of one lane, which shuffles take."""
+        if isinstance(value.type, ir.VectorType):
+            return value
+        undefined = ir.Constant(ir.VectorType(value.type, 1), ir.Undefined)
+        return self.builder.insert_element(undefined, value, I32(0))
+
+    def call(self, name: str, result: ir.Type, *arguments: ir.Value, **options: object) -> ir.Value:
+        """A call of LLVM's intrinsic of that full name."""
+        function_type = ir.FunctionType(result, [a.type for a in arguments])
+        return self.builder.call(self.builder.module.declare_intrinsic(name, fnty=function_type), arguments, **options)
+
+    @contextmanager
+    def loop(self, start: ir.Value, stop: ir.Value) -> Iterator[ir.Value]:
+        """The body is repeated for start <= index < stop."""
+        with cgutils.for_range_slice(self.builder, start, stop, I64(1), I64) as (index, _):
+            yield index
+
+    # Memory
+
+    def move(self, pointer: ir.Value, count: ir.Value | int) -> ir.Value:
+        """The address `count` bytes further."""
+        return self.builder.gep(pointer, [I64(count) if isinstance(count, int) else count])
+
+    def load(self, pointer: ir.Value, element: ir.Type, count: int = 1, signed: bool = False) -> Vector:
+        """Lanes from any address."""
+        value = self.builder.load(self.builder.bitcast(pointer, _type(element, count).as_pointer()))
+        value.align = 1
+        return Vector(self, value, signed)
+
+    def store(self, vector: Vector, pointer: ir.Value) -> None:
+        """Lanes to any address."""
+        target = self.builder.bitcast(pointer, vector.value.type.as_pointer())
+        self.builder.store(vector.value, target).align = 1
+
+    def variable(self, initial: Vector) -> ir.Value:
+        """Where a value lives that changes in loops: a register in the end."""
+        place = cgutils.alloca_once(self.builder, initial.value.type)
+        self.builder.store(initial.value, place)
+        return place
+
+    # Arithmetic
+
+    def concat(self, *vectors: Vector) -> Vector:
+        """One after the other: 1, 2, 4, 8 ... vectors of one count."""
+        if len(vectors) == 1:
+            return vectors[0]
+        half = len(vectors) // 2
+        first, second = self.concat(*vectors[:half]), self.concat(*vectors[half:])
+        return first.lanes(range(2 * first.count), second)
+
+    def multiply_add(self, a: Vector, b: Vector, c: Vector) -> Vector:
+        """a * b + c, fused where the CPU has that."""
+        kind = f"v{c.count}f32" if c.count > 1 else "f32"
+        operands = a.widen(c.count).value, b.widen(c.count).value, c.value
+        return c.make(self.call(f"llvm.fmuladd.{kind}", c.value.type, *operands))
+
+    def sum(self, vector: Vector) -> Vector:
+        """The sum of float32 lanes, in whatever order is fastest."""
+        name, zero = f"llvm.vector.reduce.fadd.v{vector.count}f32", self.constant(F32, 0.0)
+        return vector.make(self.call(name, F32, zero, vector.value, fastmath=("reassoc",)))
+
+    def from_half(self, halves: Vector) -> Vector:
+        """16-bit IEEE halves (as integers) -> float32."""
+        if self._native_half:
+            floats = halves.bitcast(F16).value
+            return halves.make(self.builder.fpext(floats, _type(F32, halves.count)))
+        # The exponent's bias is 112 less. Infinity and NaN keep their full exponent: 31 << 23 becomes 255 << 23.
+        bits = halves.integer(I32)
+        magnitude = (bits & 0x7FFF) << 13
+        special = self.builder.icmp_unsigned(">=", magnitude.value, self.constant(I32, 0x0F800000, halves.count))
+        scaled = magnitude.bitcast(F32) * 2.0**112
+        filled = (magnitude | 0x7F800000).bitcast(F32)
+        number = halves.make(self.builder.select(special, filled.value, scaled.value))
+        return (number.bitcast(I32) | ((bits & 0x8000) << 16)).bitcast(F32)
+
+    def multiply_pairs(self, a: Vector, b: Vector) -> Vector:
+        """16 signed words each -> 8 sums of 2 products; lanes 0 to 3 come from words 0 to 7, the rest from 8 to 15."""
+        if self.avx2:
+            return Vector(self, self.call("llvm.x86.avx2.pmadd.wd", _type(I32, 8), a.value, b.value), signed=True)
+        a, b = (Vector(self, v.value, signed=True).integer(I32) for v in (a, b))
+        products = a * b
+        return products.lanes([0, 1, 2, 3, 8, 9, 10, 11]) + products.lanes([4, 5, 6, 7, 12, 13, 14, 15])
+
+    def multiply_bytes(self, a: Vector, b: Vector) -> Vector:
+        """32 bytes each (a signed, or below 128; b signed, not -128) -> 8 sums of 4 products, from words as above."""
+        if not self.avx2:
+            pairs = zip(even_odd(a), even_odd(b), strict=True)
+            first, second = (self.multiply_pairs(*pair) for pair in pairs)
+            return first + second
+        if a.signed:  # the instruction multiplies unsigned by signed: |a| by b with a's sign
+            b = b.make(self.call("llvm.x86.avx2.psign.b", b.value.type, b.value, a.value))
+            a = a.make(self.call("llvm.abs.v32i8", a.value.type, a.value, self.constant(ir.IntType(1), 0)))
+        sums = Vector(self, self.call("llvm.x86.avx2.pmadd.ub.sw", _type(I16, 16), a.value, b.value))
+        return self.multiply_pairs(sums, Vector(self, self.constant(I16, 1, 16)))
+
+
+def even_odd(quants: Vector) -> tuple[Vector, Vector]:
+    """32 bytes -> the even ones and the odd ones, each as 16 words."""
+    words = quants.bitcast(I16)
+    return (words << 8) >> 8, words >> 8
+
+
+class LlvmBlock:
+    """The vectors of a decode function (see `decode`) for the block at a pointer."""
+
+    def __init__(self, emitter: Emitter, pointer: ir.Value) -> None:
+        self._emitter, self._pointer = emitter, pointer
+
+    def _load(self, offset: int, element: ir.Type, count: int, signed: bool = False) -> Vector:
+        return self._emitter.load(self._emitter.move(self._pointer, offset), element, count, signed)
+
+    def u8(self, offset: int, count: int = 1) -> Vector:
+        """Unsigned bytes."""
+        return self._load(offset, I8, count)
+
+    def i8(self, offset: int, count: int = 1) -> Vector:
+        """Signed bytes."""
+        return self._load(offset, I8, count, signed=True)
+
+    def f16(self, offset: int, count: int = 1) -> Vector:
+        """IEEE halves, as float32."""
+        return self._emitter.from_half(self._load(offset, I16, count))
+
+    def bf16(self, offset: int, count: int = 1) -> Vector:
+        """The upper halves of float32 numbers, as float32."""
+        return (self._load(offset, I16, count).integer(I32) << 16).bitcast(F32)
+
+    def f32(self, offset: int, count: int = 1) -> Vector:
+        """float32 numbers."""
+        return self._load(offset, F32, count)
+
+    def signed(self, vector: Vector) -> Vector:
+        """The same bytes read as signed."""
+        return vector.make(vector.value, signed=True)
+
+    def float(self, vector: Vector) -> Vector:
+        """The same numbers as float32."""
+        return vector.float()
+
+    def concat(self, *vectors: Vector) -> Vector:
+        """One after the other."""
+        return self._emitter.concat(*vectors)
+
+    def interleave(self, *vectors: Vector) -> Vector:
+        """The first of each, then the second of each, and so on."""
+        count = vectors[0].count
+        order = [vector * count + lane for lane in range(count) for vector in range(len(vectors))]
+        return self._emitter.concat(*vectors).lanes(order)
