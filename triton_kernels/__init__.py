@@ -1,0 +1,49 @@
+"""The operations of `trichord.dispatch.Operations` on CUDA and HIP, in Triton. Knows tensors and formats, no model.
+
+Weights are in layout "planes": see `formats.format`. With TRITON_INTERPRET=1 in the environment before the import,
+the kernels run in Triton's interpreter on CPU tensors.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trichord.triton_kernels.activation import swiglu
+from trichord.triton_kernels.attention import attention
+from trichord.triton_kernels.formats import FORMATS
+from trichord.triton_kernels.matmul import matmul
+from trichord.triton_kernels.norm import rms_norm
+from trichord.triton_kernels.rotary import rotary_and_cache
+from trichord.triton_kernels.rows import dequantize, embedding
+from trichord.weight_format import Layout, WeightFormat
+
+if TYPE_CHECKING:
+    import torch
+
+LAYOUT: Layout = "planes"
+FUSED_FORMATS = frozenset(FORMATS)
+
+
+def pack(blocks: torch.Tensor, format: WeightFormat, columns: int) -> torch.Tensor:
+    """GGUF blocks (rows, row_bytes) uint8 -> planes, one-dimensional uint8, on the same device."""
+    return FORMATS[format].pack(blocks, columns)
+
+
+def unpack(data: torch.Tensor, format: WeightFormat, rows: int, columns: int) -> torch.Tensor:
+    """The inverse of `pack`: (rows, row_bytes) uint8."""
+    return FORMATS[format].unpack(data, rows, columns)
+
+
+__all__ = [
+    "FUSED_FORMATS",
+    "LAYOUT",
+    "attention",
+    "dequantize",
+    "embedding",
+    "matmul",
+    "pack",
+    "rms_norm",
+    "rotary_and_cache",
+    "swiglu",
+    "unpack",
+]

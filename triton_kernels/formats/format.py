@@ -68,6 +68,11 @@ class Format:
         facts = (self.integer, self.group_size, self.scale_group, self.zero, self.has_minimum)
         return f"{self.weight_format.name}{facts}{self.decode.cache_key}"
 
+    @property
+    def wide(self) -> bool:
+        """Whether the weights have more bits than a float16 operand keeps."""
+        return not self.integer and self.planes[0].dtype.itemsize > 2
+
     def groups(self, columns: int) -> int:
         """Groups in a row; the last one of a float format may be padded."""
         return -(-columns // self.group_size)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 import triton
+import triton.language as tl  # noqa: F401 - Triton's interpreter looks for it in every module of kernels
 
 from trichord.triton_kernels.formats.fields import merge, spread, words
 from trichord.triton_kernels.formats.format import Format, Plane

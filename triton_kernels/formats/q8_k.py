@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 import triton
+import triton.language as tl
 
 from trichord.triton_kernels.formats.fields import elements
 from trichord.triton_kernels.formats.format import Format, Plane
@@ -30,7 +31,7 @@ def _decode(planes, row, group, columns):
     groups = columns // 32
     low = elements(planes[0], row, group, groups, 1, 4)
     high = elements(planes[1], row, group, groups, 1, 4)
-    scale = elements(planes[2], row, group, groups, 8, 1)
+    scale = elements(planes[2], row, group, groups, 8, 1).to(tl.float32)
     return low, high, scale, scale
 
 

@@ -1,0 +1,100 @@
+"""Activations in the forms that the products take, each prepared once for all the weights of a call."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK_GROUPS = 32  # groups of 32 that one program of the limb kernel rounds
+BLOCK_COLUMNS = 2048  # columns that the half kernel holds at once
+
+
+@triton.jit
+def limb_kernel(x, limbs, scales, sums, groups, LIMBS: tl.constexpr, BLOCK_GROUPS: tl.constexpr):
+    """Rounds BLOCK_GROUPS groups of one row of x (T, K) float32 to integers: x = scale * n, a scale a group of 32.
+
+    With two limbs |n| <= 32639 = 127 * 257, and n = 256 * first + second where both are signed bytes; with one limb
+    |n| <= 127. Writes limbs (T, groups, LIMBS, 32) int8, scales (T, groups) and the sums of n over the halves of each
+    group (T, groups, 2) int32. A group with an element that is not finite has a scale that is not finite.
+    """
+    LIMIT: tl.constexpr = 127 * 257 if LIMBS == 2 else 127
+    index = tl.program_id(1) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
+    valid = (index < groups)[:, None]
+    group = (tl.program_id(0).to(tl.int64) * groups + index)[:, None]
+    element = tl.arange(0, 32)[None, :]
+    values = tl.load(x + group * 32 + element, mask=valid, other=0.0)
+    largest = tl.max(tl.abs(values), axis=1, keep_dims=True)
+    scale = largest / LIMIT + tl.sum(values * 0.0, axis=1, keep_dims=True)  # tl.max passes over NaN, the sum does not
+    normal = scale >= 1.1754944e-38  # false for NaN, and where the quotient below would be too large
+    # Adding 1.5 * 2^23 rounds to an integer, ties to even; no operation of Triton does that on every target.
+    quotients = tl.where(normal, values / tl.where(normal, scale, 1.0), 0.0)
+    integers = ((quotients + 12582912.0) - 12582912.0).to(tl.int32)
+    tl.store(scales + group, scale, mask=valid)
+    halves = tl.sum(tl.reshape(integers, (BLOCK_GROUPS, 2, 16)), axis=2)
+    tl.store(sums + group * 2 + tl.arange(0, 2)[None, :], halves, mask=valid)
+    if LIMBS == 2:
+        second = ((integers + 128) & 255) - 128
+        tl.store(limbs + group * 64 + element, ((integers - second) >> 8).to(tl.int8), mask=valid)
+        tl.store(limbs + group * 64 + 32 + element, second.to(tl.int8), mask=valid)
+    else:
+        tl.store(limbs + group * 32 + element, integers.to(tl.int8), mask=valid)
+
+
+@triton.jit
+def half_kernel(x, halves, scales, columns, stride, BLOCK_COLUMNS: tl.constexpr):
+    """One row of x (T, K) float32 -> float16 (T, stride) times a power of two, and its inverse in scales (T,).
+
+    The largest magnitude of a row comes to lie in [2^14, 2^15). Each 16 columns are in the order of
+    `tile.fragment_order`: position 8c + 2j + d holds column 4j + 2d + c. Columns from K to stride are zero.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    x += token * columns
+    halves += token * stride
+    position = tl.arange(0, BLOCK_COLUMNS)
+    largest = tl.zeros((BLOCK_COLUMNS,), tl.float32)
+    for start in range(0, columns, BLOCK_COLUMNS):
+        column = start + position
+        largest = tl.maximum(largest, tl.abs(tl.load(x + column, mask=column < columns, other=0.0)))
+    exponent = tl.max(largest, axis=0).to(tl.int32, bitcast=True) >> 23  # with float32's bias of 127
+    exponent = tl.minimum(268 - exponent, 253)
+    factor = (exponent << 23).to(tl.float32, bitcast=True)
+    tl.store(scales + token, ((254 - exponent) << 23).to(tl.float32, bitcast=True))
+    source = (position & -16) + (position & 6) * 2 + (position & 1) * 2 + ((position >> 3) & 1)
+    for start in range(0, stride, BLOCK_COLUMNS):
+        column = start + source
+        values = tl.load(x + column, mask=column < columns, other=0.0)
+        tl.store(halves + start + position, (values * factor).to(tl.float16), mask=start + position < stride)
+
+
+class Activations:
+    """x (T, K) float32, contiguous, and what has been made of it so far."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+        self.tokens, self.columns = x.shape
+        self._limbs: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    def limbs(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`count` (1 or 2) limbs as words (T, groups, count * 8) int32, scales and sums: see `limb_kernel`."""
+        if count not in self._limbs:
+            groups = self.columns // 32
+            limbs = self.x.new_empty((self.tokens, groups, count * 32), dtype=torch.int8)
+            scales = self.x.new_empty((self.tokens, groups))
+            sums = self.x.new_empty((self.tokens, groups, 2), dtype=torch.int32)
+            grid = (self.tokens, triton.cdiv(groups, BLOCK_GROUPS))
+            limb_kernel[grid](self.x, limbs, scales, sums, groups, count, BLOCK_GROUPS, enable_fp_fusion=True)
+            self._limbs[count] = limbs.view(torch.int32), scales, sums
+        return self._limbs[count]
+
+    @cached_property
+    def halves(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """float16 rows (T, K rounded up to 16) and the factor of each that restores it: see `half_kernel`."""
+        stride = -(-self.columns // 16) * 16
+        halves = self.x.new_empty((self.tokens, stride), dtype=torch.float16)
+        scales = self.x.new_empty(self.tokens)
+        grid = (self.tokens,)
+        half_kernel[grid](self.x, halves, scales, self.columns, stride, BLOCK_COLUMNS, enable_fp_fusion=True)
+        return halves, scales

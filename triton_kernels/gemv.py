@@ -1,0 +1,112 @@
+"""Products with few rows of activations: the weights stream past once, and the time is that of reading them."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from trichord.triton_kernels.activations import Activations
+from trichord.triton_kernels.formats import Format
+from trichord.triton_kernels.launch import few_rows_tile
+from trichord.triton_kernels.primitives import dot4
+from trichord.triton_kernels.tile import decode_tile
+
+
+@triton.jit
+def _integer_products(planes, activations, row, group, token, columns, FORMAT: tl.constexpr, LIMBS: tl.constexpr):
+    """Products of each group by integer arithmetic -> (T, R, G) float32."""
+    limbs, scales, sums = activations
+    groups = columns // 32
+    low, high, scale, minimum = FORMAT.decode(planes, row, group, columns)
+    x_group = (token * groups)[:, None] + group[None, :]
+    x_words = limbs + (x_group * (8 * LIMBS))[:, None, :, None] + tl.arange(0, 4)[None, None, None, :]
+    low_sum = tl.zeros((token.shape[0], row.shape[0], group.shape[0], 4), tl.int32)
+    high_sum = low_sum
+    for limb in tl.static_range(LIMBS):
+        low_sum = dot4(low[None], tl.load(x_words + limb * 8), low_sum << 8)
+        high_sum = dot4(high[None], tl.load(x_words + limb * 8 + 4), high_sum << 8)
+    x_sum = tl.load(sums + (x_group * 2)[:, None, :, None] + tl.arange(0, 2)[None, None, None, :])
+    if FORMAT.scale_group == 16:
+        product = tl.join(tl.sum(low_sum, axis=3), tl.sum(high_sum, axis=3))
+    else:
+        product = tl.sum(low_sum + high_sum, axis=3, keep_dims=True)
+        x_sum = tl.sum(x_sum, axis=3, keep_dims=True)
+    result = (product - FORMAT.zero * x_sum).to(tl.float32) * scale[None]
+    if FORMAT.has_minimum:
+        result -= x_sum.to(tl.float32) * minimum[None]
+    return tl.sum(result, axis=3) * tl.load(scales + x_group)[:, None, :]
+
+
+@triton.jit
+def _float_products(planes, x, row, group, token, columns, FORMAT: tl.constexpr):
+    """Products of each group in float32 -> (T, R, G)."""
+    weights = decode_tile(planes, row, group, columns, FORMAT).to(tl.float32)
+    column = (group * FORMAT.group_size)[None, None, :, None] + tl.arange(0, FORMAT.group_size)[None, None, None, :]
+    values = tl.load(x + (token * columns)[:, None, None, None] + column, mask=column < columns, other=0.0)
+    return tl.sum(weights[None] * values, axis=3)
+
+
+@triton.jit
+def gemv_kernel(
+    planes,
+    activations,
+    y,
+    rows,
+    columns,
+    tokens,
+    FORMAT: tl.constexpr,
+    LIMBS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+):
+    """y (tokens, rows) = x times the transposed weight, BLOCK_ROWS rows of the weight a program.
+
+    `activations` are the limbs, scales and sums of x, or x itself where LIMBS is 0. Indices past the end read the
+    last element instead, and what they give is dropped.
+    """
+    groups = tl.cdiv(columns, FORMAT.group_size)
+    index = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row = tl.minimum(index, rows - 1).to(tl.int64)
+    token = tl.minimum(tl.arange(0, TOKENS), tokens - 1)
+    accumulator = tl.zeros((TOKENS, BLOCK_ROWS, BLOCK_GROUPS), tl.float32)
+    for start in range(0, groups, BLOCK_GROUPS):
+        group = start + tl.arange(0, BLOCK_GROUPS)
+        inside = tl.minimum(group, groups - 1)
+        if LIMBS == 0:
+            products = _float_products(planes, activations[0], row, inside, token, columns, FORMAT)
+        else:
+            products = _integer_products(planes, activations, row, inside, token, columns, FORMAT, LIMBS)
+        accumulator += tl.where((group < groups)[None, None, :], products, 0.0)
+    token = tl.arange(0, TOKENS)[:, None]
+    target = y + token.to(tl.int64) * rows + index[None, :]
+    tl.store(target, tl.sum(accumulator, axis=2), mask=(token < tokens) & (index < rows)[None, :])
+
+
+def gemv(activations: Activations, format: Format, data: torch.Tensor, rows: int, limbs: int) -> torch.Tensor:
+    """At most FEW_ROWS rows of x (T, K) times the transposed weight (rows, K) -> (T, rows) float32.
+
+    `limbs` of activations enter integer products; with none, float32 activations are multiplied in float32.
+    """
+    tokens, columns = activations.tokens, activations.columns
+    y = activations.x.new_empty((tokens, rows))
+    padded = triton.next_power_of_2(tokens)
+    tile = few_rows_tile(padded, format.groups(columns))
+    gemv_kernel[(triton.cdiv(rows, tile.rows),)](
+        format.arguments(data, rows, columns),
+        activations.limbs(limbs) if limbs else (activations.x,),
+        y,
+        rows,
+        columns,
+        tokens,
+        FORMAT=format,
+        LIMBS=limbs,
+        TOKENS=padded,
+        BLOCK_ROWS=tile.rows,
+        BLOCK_GROUPS=tile.groups,
+        num_warps=tile.warps,
+        num_stages=1,
+        enable_fp_fusion=True,
+    )
+    return y
