@@ -18,6 +18,7 @@ from numba import njit
 # Sums may be reordered into SIMD lanes; a zero divisor gives inf or nan instead of a Python exception.
 _compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
 
+# Into the caller, because passing a codebook costs more than a group's arithmetic.
 _inlined = njit(inline="always", error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
 
 _ZERO = np.float32(0)
@@ -44,20 +45,25 @@ class Codebook(NamedTuple):
 NO_SIGNS, FREE_SIGNS, EVEN_SIGNS = 0, 1, 2  # EVEN: of every 8 weights an even number is negative
 
 
-@_compiled
+@_inlined
 def _nearest(x, w, inverse, book, unit, index):
     """unit[i] becomes the codebook value nearest to x[i] * inverse; index[j] that of its j-th vector."""
     if book.vectors.size:
         _nearest_vectors(x, w, inverse, book, unit, index)
     elif book.levels.size:
-        for i in range(x.size):
-            unit[i] = book.levels[0]
-        for k in range(book.edges.size):
-            for i in range(x.size):
-                unit[i] = book.levels[k + 1] if x[i] * inverse > book.edges[k] else unit[i]
+        _nearest_levels(x, inverse, book.levels, book.edges, unit)
     else:
         for i in range(x.size):
             unit[i] = _round(x[i] * inverse, book.low, book.high)
+
+
+@_compiled
+def _nearest_levels(x, inverse, levels, edges, unit):
+    unit[:] = levels[0]
+    for k in range(edges.size):
+        edge, level = edges[k], levels[k + 1]
+        for i in range(x.size):
+            unit[i] = level if x[i] * inverse > edge else unit[i]
 
 
 @_compiled
@@ -133,7 +139,7 @@ def _match(x, w, inverse, book, unit, index):
     return dot, norm
 
 
-@_compiled
+@_inlined
 def _match_range(x, w, inverse, low, high):
     """The same in one pass that stores nothing, several times faster."""
     dot = norm = _ZERO
