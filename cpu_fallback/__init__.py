@@ -1,0 +1,22 @@
+"""The CPU backend: GGUF blocks read in place, as they lie in the file.
+
+Works on the NumPy views of torch tensors. Numba compiles the kernels where it is installed; without it NumPy and BLAS
+do the same, slower.
+"""
+
+from trichord.cpu_fallback.jit import default_threads, set_threads
+from trichord.cpu_fallback.matmul import FUSED_FORMATS, dequantize, embedding, matmul, pack, unpack
+
+LAYOUT = "blocks"
+
+__all__ = [
+    "FUSED_FORMATS",
+    "LAYOUT",
+    "default_threads",
+    "dequantize",
+    "embedding",
+    "matmul",
+    "pack",
+    "set_threads",
+    "unpack",
+]

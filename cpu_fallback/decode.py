@@ -6,7 +6,7 @@ a vector is a NumPy array of `count` columns with one row for every block at onc
 `count` lanes, and the same function emits machine code that stays in registers. A vector of one element stretches to
 its partner's count. Bytes wrap around as uint8 does.
 
-Layouts follow ggml's `block_*` structures (ggml-common.h); weight = scale * quant - minimum, in this order of roundings.
+Layouts follow ggml's `block_*` structures (ggml-common.h). A weight is scale * quant - minimum, rounded in this order.
 """
 
 from __future__ import annotations

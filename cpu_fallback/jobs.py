@@ -7,22 +7,23 @@ or a thread that lost its turn holds up nobody: with equal shares, one late thre
 
 from __future__ import annotations
 
+import numpy as np
 from llvmlite import ir
 from numba import prange, types
 from numba.extending import intrinsic
 
-from trichord.cpu_fallback.jit import compiled
+from trichord.cpu_fallback.jit import compiled, threads
 
 FIELDS = (
     "kernel",  # address of the machine code
-    "chunks",  # how many chunks of rows there are
-    "chunk_rows",
     "rows",
+    "chunk_rows",  # rows of one chunk, a thread's share at a time
     "weights",  # address of the packed rows
     "row_bytes",
     "columns",
     "y",  # address of the float32 results
     "y_stride",  # elements from one row of the results to the next
+    "tokens",  # rows of activations
     "x",  # address of the activations, each row padded to whole groups of 32
     "x_scales",  # address of float32: one scale for each group of 32 activations
     "x_sums",  # address of float32: the sums of 16 activations each, scaled
@@ -56,15 +57,24 @@ def _call(typing_context, jobs, job, first, last):  # type: ignore[no-untyped-de
 
 
 @compiled(parallel=True)
-def run(jobs, counter, workers):  # type: ignore[no-untyped-def]
-    """Work off the table `jobs` (J, len(FIELDS)) int64 on `workers` threads; `counter` (1,) int64 starts at 0."""
+def _work(jobs, counter, workers):  # type: ignore[no-untyped-def]
     for _ in prange(workers):
         while True:
             chunk, job = _take(counter), 0
-            while job < len(jobs) and chunk >= jobs[job, 1]:
-                chunk -= jobs[job, 1]
+            while job < len(jobs):
+                rows, chunk_rows = jobs[job, 1], jobs[job, 2]
+                chunks = (rows + chunk_rows - 1) // chunk_rows
+                if chunk < chunks:
+                    break
+                chunk -= chunks
                 job += 1
             if job == len(jobs):
                 break
-            first = chunk * jobs[job, 2]
-            _call(jobs, job, first, min(first + jobs[job, 2], jobs[job, 3]))
+            first = chunk * chunk_rows
+            _call(jobs, job, first, min(first + chunk_rows, rows))
+
+
+def run(jobs: list[dict[str, int]]) -> None:
+    """Work off the jobs, dictionaries of `FIELDS` (those a kernel does not read may be missing)."""
+    table = np.array([[job.get(field, 0) for field in FIELDS] for job in jobs], np.int64)
+    _work(table, np.zeros(1, np.int64), threads())

@@ -37,7 +37,10 @@ ACTIVATION_BYTES = {"exact": 4, "default": 2, "fast": 1}
 
 @functools.cache
 def dot_kernel(format: WeightFormat, precision: str, tokens: int) -> int:
-    """Address of the kernel (see `jobs`) that multiplies rows of weights by `tokens` rows of activations at a time."""
+    """Address of the kernel (see `jobs`) that multiplies rows of weights by activations, `tokens` rows at a time.
+
+    A job's number of tokens must be a multiple of that. Float formats are multiplied in "exact" only.
+    """
     name = f"dot_{format.name}_{precision}_{tokens}"
     return _compile(name, lambda emitter, job: _Dot(emitter, job, format, precision, tokens))
 
@@ -159,10 +162,17 @@ class _Dot(_Rows):
         super().__init__(emitter, job, format)
         self.tokens, self.itemsize = range(tokens), ACTIVATION_BYTES[precision]
         self.meet = {"exact": self._meet_floats, "default": self._meet_words, "fast": self._meet_bytes}[precision]
-        padded = self.builder.and_(self.builder.add(job["columns"], I64(GROUP - 1)), I64(-GROUP))
-        self.starts = [self.builder.mul(padded, I64(token)) for token in self.tokens]
         # A chain of additions waits for each one: a lone token gets several chains.
         self.sums = [[emitter.variable(emitter.zeros(8)) for _ in range(max(1, 4 // tokens))] for _ in self.tokens]
+
+    def emit(self, first: ir.Value, last: ir.Value) -> None:
+        builder, count = self.builder, I64(len(self.tokens))
+        padded = builder.and_(builder.add(self.job["columns"], I64(GROUP - 1)), I64(-GROUP))
+        with self.emitter.loop(I64(0), builder.udiv(self.job["tokens"], count)) as i:
+            numbers = [builder.add(builder.mul(i, count), I64(token)) for token in self.tokens]
+            self.starts = [builder.mul(number, padded) for number in numbers]
+            self.results = [builder.mul(number, self.job["y_stride"]) for number in numbers]
+            super().emit(first, last)
 
     def begin_row(self) -> None:
         for place in sum(self.sums, []):
@@ -171,9 +181,9 @@ class _Dot(_Rows):
     def end_row(self) -> None:
         for token in self.tokens:
             parts = [Vector(self.emitter, self.builder.load(place)) for place in self.sums[token]]
-            index = self.builder.add(self.builder.mul(I64(token), self.job["y_stride"]), self.row)
-            total = functools.reduce(Vector.__add__, parts)
-            self.emitter.store(self.emitter.sum(total), self.at(self.pointer("y"), index, 4))
+            total = self.emitter.sum(functools.reduce(Vector.__add__, parts))
+            index = self.builder.add(self.results[token], self.row)
+            self.emitter.store(total, self.at(self.pointer("y"), index, 4))
 
     def block(self, decoded: Decoded, position: ir.Value) -> None:
         quants, scales, minimums = decoded
@@ -216,7 +226,9 @@ class _Dot(_Rows):
             self._add(token, i // 8, *parts)
 
     def _padded(self, vector: Vector) -> Vector:
-        return vector.lanes([*range(vector.count), *[vector.count] * (8 - vector.count)], self.emitter.zeros(vector.count))
+        return vector.lanes(
+            [*range(vector.count), *[vector.count] * (8 - vector.count)], self.emitter.zeros(vector.count)
+        )
 
     def _scale(self, factors: Vector, group: int) -> Vector:
         """The factors of a group's integer sums: one, or one for the lanes of each half."""
