@@ -124,7 +124,7 @@ class _Rows:
         return Decoded(quants, scales, minimums)
 
     def _rest(self, start: ir.Value, position: ir.Value, itemsize: int) -> None:
-        """The weights of a row after its whole groups: decoded from a zero-padded copy, to read nothing past the row."""
+        """The weights of a row after its whole groups: decoded from a copy padded with zeros, to stay inside."""
         builder = self.builder
         count = builder.sub(self.job["columns"], position)
         with builder.if_then(builder.icmp_unsigned(">", count, I64(0))):
@@ -175,7 +175,7 @@ class _Dot(_Rows):
             super().emit(first, last)
 
     def begin_row(self) -> None:
-        for place in sum(self.sums, []):
+        for place in (place for chains in self.sums for place in chains):
             self.builder.store(self.emitter.zeros(8).value, place)
 
     def end_row(self) -> None:
