@@ -20,7 +20,10 @@ class Detokenizer:
 
     def add(self, token: int) -> str:
         """Takes one more token; the text that became complete by it, never half a character."""
-        data = self._token_bytes(token)
+        return self.add_bytes(self._token_bytes(token))
+
+    def add_bytes(self, data: bytes) -> str:
+        """Takes the bytes of any number of tokens; the text that became complete by them."""
         if self._drop_space and data:
             self._drop_space = False
             data = data.removeprefix(b" ")

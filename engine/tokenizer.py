@@ -6,8 +6,11 @@ The ids are those that llama.cpp gives for the same file and text.
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NoReturn, Protocol
+
+import numpy as np
 
 from trichord.detokenizer import Detokenizer
 from trichord.errors import GGUFError, RequestError, TokenizerError
@@ -38,6 +41,7 @@ class TokenizerModel(Protocol):
 _MODELS: dict[str, type[SentencePiece] | type[ByteLevelBPE]] = {"llama": SentencePiece, "gpt2": ByteLevelBPE}
 _NO_VOCABULARY = ("", "no_vocab", "none", "test")
 
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _MARKS = (TokenType.CONTROL, TokenType.UNKNOWN)
 _INVISIBLE = (*_MARKS, TokenType.UNUSED, TokenType.UNDEFINED)
 
@@ -71,6 +75,8 @@ class Tokenizer:
                     f"{vocabulary.file_name}: tokenizer.ggml.add_{name}_token is true, but there is no"
                     f" tokenizer.ggml.{name}_token_id"
                 )
+        self._invisible = frozenset(np.flatnonzero(np.isin(vocabulary.types, _INVISIBLE)).tolist())
+        self._bytes: dict[int, bytes] = {}
         user_defined = vocabulary.ids_of(TokenType.USER_DEFINED)
         self._user_defined = SpecialTokens(user_defined, swallows_space)
         self._all_special = SpecialTokens(user_defined | vocabulary.ids_of(*_MARKS), swallows_space)
@@ -124,8 +130,9 @@ class Tokenizer:
         that began before them, as generated ones do; else the space that some vocabularies put before a text is left
         out. Bytes that are no UTF-8 become U+FFFD. Raises TokenizerError for an id outside the vocabulary.
         """
+        token_bytes = self._visible_bytes if skip_special else self.token_bytes
         detokenizer = self.detokenizer(skip_special, continues)
-        return "".join(map(detokenizer.add, ids)) + detokenizer.finish()
+        return detokenizer.add_bytes(b"".join(map(token_bytes, ids))) + detokenizer.finish()
 
     def detokenizer(self, skip_special: bool = True, continues: bool = False) -> Detokenizer:
         """Decodes one id at a time; what it gives out in all is what `decode` gives with the same arguments."""
@@ -134,32 +141,39 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes a token stands for; of a special token those of its name. Raises TokenizerError like `decode`."""
-        text, token_type = self._lookup(token)
-        if token_type is TokenType.NORMAL:
-            return self._model.bytes_of(text)
-        if token_type is TokenType.BYTE and (byte := _byte(text)) is not None:
-            return byte
-        return text.encode("utf-8", "surrogateescape")
+        index = self._checked(token)
+        data = self._bytes.get(index)
+        if data is None:
+            data = self._bytes[index] = self._bytes_of(index)
+        return data
 
     def piece(self, token: int) -> str:
         """A token's text as the file writes it, `▁Hello` or `ĠHello`. Raises TokenizerError like `decode`."""
-        return self._lookup(token)[0]
+        return self._vocabulary.tokens[self._checked(token)]
 
     def token_id(self, piece: str) -> int | None:
         """The token that the file writes so, if there is one."""
         return self._vocabulary.ids.get(piece)
 
     def _visible_bytes(self, token: int) -> bytes:
-        return b"" if self._lookup(token)[1] in _INVISIBLE else self.token_bytes(token)
+        index = self._checked(token)
+        return b"" if index in self._invisible else self.token_bytes(index)
 
-    def _lookup(self, token: int) -> tuple[str, TokenType]:
+    def _bytes_of(self, token: int) -> bytes:
+        text, token_type = self._vocabulary.tokens[token], self._vocabulary.types[token]
+        if token_type == TokenType.NORMAL:
+            return self._model.bytes_of(text)
+        byte = _BYTE.fullmatch(text) if token_type == TokenType.BYTE else None
+        return bytes.fromhex(byte[1]) if byte else text.encode("utf-8", "surrogateescape")
+
+    def _checked(self, token: int) -> int:
         try:
             index = operator.index(token)
         except TypeError:
             raise TokenizerError(f"a token id is an integer, not {token!r:.40}") from None
         if not 0 <= index < self.n_vocab:
             raise TokenizerError(f"token id {index} is outside the vocabulary of {self.n_vocab} tokens")
-        return self._vocabulary.tokens[index], self._vocabulary.types[index]
+        return index
 
 
 def _refuse(file_name: str, model: str) -> NoReturn:
@@ -169,14 +183,6 @@ def _refuse(file_name: str, model: str) -> NoReturn:
         f"{file_name}: the tokenizer model {model!r:.80} is not supported ({' and '.join(_MODELS)} are);"
         " give token ids instead of text"
     )
-
-
-def _byte(text: str) -> bytes | None:
-    """The byte of a token `<0x0A>`."""
-    try:
-        return bytes([int(text.removeprefix("<0x").removesuffix(">"), 16)])
-    except ValueError:
-        return None
 
 
 def _swallows_space(vocabulary: Vocabulary, file: GGUFFile) -> frozenset[int]:

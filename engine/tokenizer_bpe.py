@@ -7,6 +7,8 @@ and neighbours are merged in the order of the file's list of merges, of equal on
 from __future__ import annotations
 
 import warnings
+from itertools import repeat
+from operator import contains
 from typing import TYPE_CHECKING
 
 from trichord.errors import TokenizerError
@@ -46,10 +48,8 @@ class ByteLevelBPE:
         self._pre_tokenizer = _pre_tokenizer(file)
         self.adds_bos = self._pre_tokenizer.adds_bos
         self._merger = _merger(vocabulary, _merges(file))
-        self._whole_words: dict[str, int] = {}
-        if self._pre_tokenizer.whole_words:
-            marks = vocabulary.ids_of(TokenType.CONTROL, TokenType.UNKNOWN)
-            self._whole_words = {text: token for text, token in vocabulary.ids.items() if text not in marks}
+        self._marks = frozenset(vocabulary.ids_of(TokenType.CONTROL, TokenType.UNKNOWN).values())
+        self._whole_words = vocabulary.ids if self._pre_tokenizer.whole_words else {}
         self._words = WordCache(self._encode_word)
 
     def encode(self, text: str, after_special: bool) -> list[int]:
@@ -63,7 +63,9 @@ class ByteLevelBPE:
     def _encode_word(self, word: str) -> list[int]:
         characters = word.encode().decode("latin-1").translate(_CHARACTER_OF)
         whole = self._whole_words.get(characters)
-        return [token.id for token in self._merger.tokenize(characters)] if whole is None else [whole]
+        if whole is None or whole in self._marks:
+            return [token.id for token in self._merger.tokenize(characters)]
+        return [whole]
 
 
 def _pre_tokenizer(file: GGUFFile) -> PreTokenizer:
@@ -85,7 +87,7 @@ def _merges(file: GGUFFile) -> list[tuple[str, str]]:
         raise TokenizerError(f"{file.path.name}: metadata key 'tokenizer.ggml.merges' is missing")
     lines = list(dict.fromkeys(lines))
     parts = " ".join(lines).split(" ") if lines else []
-    if len(parts) != 2 * len(lines) or not all(" " in line for line in lines):
+    if len(parts) != 2 * len(lines) or not all(map(contains, lines, repeat(" "))):
         line = next(line for line in lines if line.count(" ") != 1)
         raise TokenizerError(f"{file.path.name}: the merge {line!r:.80} is not two tokens with a space between")
     return list(zip(parts[::2], parts[1::2], strict=True))

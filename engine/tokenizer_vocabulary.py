@@ -57,13 +57,13 @@ class Vocabulary:
     """A checked vocabulary.
 
     `tokens[id]` is a token's text as the file writes it (bytes that are not UTF-8 as surrogate escapes), `types[id]`
-    its kind, `ids` the inverse of `tokens`. `add_bos` and `add_eos` are None where the file leaves that to the kind
-    of its tokenizer, and `scores` is None where the file has none.
+    its `TokenType` as a number, `ids` the inverse of `tokens`. `scores` is None where the file has none, `add_bos`
+    and `add_eos` where it leaves the matter to the kind of its tokenizer.
     """
 
     file_name: str
     tokens: list[str]
-    types: list[TokenType]
+    types: np.ndarray
     ids: dict[str, int]
     scores: np.ndarray | None
     bos_id: int | None
@@ -95,7 +95,7 @@ class Vocabulary:
         special = {key: _special_id(file, key, len(tokens)) for key in ("bos", "unknown", *_STOP_KEYS)}
         stop_ids = _stop_ids(ids, types, (special[key] for key in _STOP_KEYS))
         for token in stop_ids:
-            if types[token] is TokenType.USER_DEFINED:  # else anyone could end the model's turn by writing its text
+            if types[token] == TokenType.USER_DEFINED:  # else anyone could end the model's turn by writing its text
                 types[token] = TokenType.CONTROL
         return cls(
             file_name=name,
@@ -112,14 +112,15 @@ class Vocabulary:
         )
 
     def ids_of(self, *types: TokenType) -> dict[str, int]:
-        """The tokens of these kinds, text to id."""
-        return {text: token for text, token in self.ids.items() if self.types[token] in types}
+        """The tokens of these kinds that have a text, text to id."""
+        found = np.flatnonzero(np.isin(self.types, types)).tolist()
+        return {self.tokens[token]: token for token in found if self.tokens[token]}
 
 
 def string_array(file: GGUFFile, key: str) -> list[str] | None:
     """An array of strings, None where the file has no such key. Raises TokenizerError for an array of anything else."""
     values = file.get(key, list)
-    if values is None or (isinstance(values, list) and all(type(value) is str for value in values)):
+    if values is None or (isinstance(values, list) and isinstance(values[0] if values else "", str)):
         return values
     raise TokenizerError(f"{file.path.name}: metadata key {key!r} is not an array of strings")
 
@@ -138,12 +139,11 @@ def number_array(file: GGUFFile, key: str, count: int) -> np.ndarray | None:
     return values
 
 
-def _types(file: GGUFFile, count: int) -> list[TokenType]:
-    numbers = number_array(file, "tokenizer.ggml.token_type", count)
-    if numbers is None:
-        return [TokenType.NORMAL] * count
-    known = {int(token_type): token_type for token_type in TokenType}
-    return [known.get(number, TokenType.UNDEFINED) for number in numbers.tolist()]
+def _types(file: GGUFFile, count: int) -> np.ndarray:
+    types = number_array(file, "tokenizer.ggml.token_type", count)
+    if types is None:
+        return np.full(count, TokenType.NORMAL)
+    return np.where(np.isin(types, list(TokenType)), types, TokenType.UNDEFINED)
 
 
 def _scores(file: GGUFFile, count: int) -> np.ndarray | None:
@@ -170,7 +170,7 @@ def _special_id(file: GGUFFile, name: str, count: int) -> int | None:
     return None
 
 
-def _stop_ids(ids: dict[str, int], types: list[TokenType], named: Iterable[int | None]) -> frozenset[int]:
+def _stop_ids(ids: dict[str, int], types: np.ndarray, named: Iterable[int | None]) -> frozenset[int]:
     # A plain token of such a text is no mark: '</s>' is also how HTML ends struck-out text.
     plain = (TokenType.NORMAL, TokenType.BYTE)
     texts = {text for text in _STOP_TEXTS & ids.keys() if types[ids[text]] not in plain}
