@@ -8,22 +8,20 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK_GROUPS = 32  # groups of 32 that one program of the limb kernel rounds
-BLOCK_COLUMNS = 2048  # columns that the half kernel holds at once
+from trichord.triton_kernels.launch import half_tile, limb_groups
 
 
 @triton.jit
 def limb_kernel(x, limbs, scales, sums, groups, LIMBS: tl.constexpr, BLOCK_GROUPS: tl.constexpr):
-    """Rounds BLOCK_GROUPS groups of one row of x (T, K) float32 to integers: x = scale * n, a scale a group of 32.
+    """Rounds BLOCK_GROUPS of the groups of 32 of x float32 to integers: x = scale * n, with a scale for each group.
 
     With two limbs |n| <= 32639 = 127 * 257, and n = 256 * first + second where both are signed bytes; with one limb
-    |n| <= 127. Writes limbs (T, groups, LIMBS, 32) int8, scales (T, groups) and the sums of n over the halves of each
-    group (T, groups, 2) int32. A group with an element that is not finite has a scale that is not finite.
+    |n| <= 127. Writes limbs (groups, LIMBS, 32) int8, scales (groups,) and the sums of n over the halves of each group
+    (groups, 2) int32. A group with an element that is not finite has a scale that is not finite.
     """
     LIMIT: tl.constexpr = 127 * 257 if LIMBS == 2 else 127
-    index = tl.program_id(1) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
-    valid = (index < groups)[:, None]
-    group = (tl.program_id(0).to(tl.int64) * groups + index)[:, None]
+    group = tl.program_id(0).to(tl.int64) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)[:, None]
+    valid = group < groups
     element = tl.arange(0, 32)[None, :]
     values = tl.load(x + group * 32 + element, mask=valid, other=0.0)
     largest = tl.max(tl.abs(values), axis=1, keep_dims=True)
@@ -44,29 +42,30 @@ def limb_kernel(x, limbs, scales, sums, groups, LIMBS: tl.constexpr, BLOCK_GROUP
 
 
 @triton.jit
-def half_kernel(x, halves, scales, columns, stride, BLOCK_COLUMNS: tl.constexpr):
-    """One row of x (T, K) float32 -> float16 (T, stride) times a power of two, and its inverse in scales (T,).
+def half_kernel(x, halves, scales, tokens, columns, stride, BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """BLOCK_TOKENS rows of x (T, K) float32 -> float16 (T, stride) times powers of two, their inverses in scales (T,).
 
     The largest magnitude of a row comes to lie in [2^14, 2^15). Each 16 columns are in the order of
     `tile.fragment_order`: position 8c + 2j + d holds column 4j + 2d + c. Columns from K to stride are zero.
     """
-    token = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[:, None]
+    valid = token < tokens
     x += token * columns
     halves += token * stride
-    position = tl.arange(0, BLOCK_COLUMNS)
-    largest = tl.zeros((BLOCK_COLUMNS,), tl.float32)
+    position = tl.arange(0, BLOCK_COLUMNS)[None, :]
+    largest = tl.zeros((BLOCK_TOKENS, BLOCK_COLUMNS), tl.float32)
     for start in range(0, columns, BLOCK_COLUMNS):
         column = start + position
-        largest = tl.maximum(largest, tl.abs(tl.load(x + column, mask=column < columns, other=0.0)))
-    exponent = tl.max(largest, axis=0).to(tl.int32, bitcast=True) >> 23  # with float32's bias of 127
+        largest = tl.maximum(largest, tl.abs(tl.load(x + column, mask=valid & (column < columns), other=0.0)))
+    exponent = tl.max(largest, axis=1, keep_dims=True).to(tl.int32, bitcast=True) >> 23  # with float32's bias of 127
     exponent = tl.minimum(268 - exponent, 253)
     factor = (exponent << 23).to(tl.float32, bitcast=True)
-    tl.store(scales + token, ((254 - exponent) << 23).to(tl.float32, bitcast=True))
+    tl.store(scales + token, ((254 - exponent) << 23).to(tl.float32, bitcast=True), mask=valid)
     source = (position & -16) + (position & 6) * 2 + (position & 1) * 2 + ((position >> 3) & 1)
     for start in range(0, stride, BLOCK_COLUMNS):
-        column = start + source
-        values = tl.load(x + column, mask=column < columns, other=0.0)
-        tl.store(halves + start + position, (values * factor).to(tl.float16), mask=start + position < stride)
+        values = tl.load(x + start + source, mask=valid & (start + source < columns), other=0.0)
+        column = start + position
+        tl.store(halves + column, (values * factor).to(tl.float16), mask=valid & (column < stride))
 
 
 class Activations:
@@ -84,8 +83,10 @@ class Activations:
             limbs = self.x.new_empty((self.tokens, groups, count * 32), dtype=torch.int8)
             scales = self.x.new_empty((self.tokens, groups))
             sums = self.x.new_empty((self.tokens, groups, 2), dtype=torch.int32)
-            grid = (self.tokens, triton.cdiv(groups, BLOCK_GROUPS))
-            limb_kernel[grid](self.x, limbs, scales, sums, groups, count, BLOCK_GROUPS, enable_fp_fusion=True)
+            total, block = self.tokens * groups, limb_groups()
+            limb_kernel[(triton.cdiv(total, block),)](
+                self.x, limbs, scales, sums, total, LIMBS=count, BLOCK_GROUPS=block, enable_fp_fusion=True
+            )
             self._limbs[count] = limbs.view(torch.int32), scales, sums
         return self._limbs[count]
 
@@ -95,6 +96,17 @@ class Activations:
         stride = -(-self.columns // 16) * 16
         halves = self.x.new_empty((self.tokens, stride), dtype=torch.float16)
         scales = self.x.new_empty(self.tokens)
-        grid = (self.tokens,)
-        half_kernel[grid](self.x, halves, scales, self.columns, stride, BLOCK_COLUMNS, enable_fp_fusion=True)
+        tile = half_tile()
+        half_kernel[(triton.cdiv(self.tokens, tile.rows),)](
+            self.x,
+            halves,
+            scales,
+            self.tokens,
+            self.columns,
+            stride,
+            BLOCK_TOKENS=tile.rows,
+            BLOCK_COLUMNS=tile.columns,
+            num_warps=tile.warps,
+            enable_fp_fusion=True,
+        )
         return halves, scales

@@ -21,16 +21,17 @@ def _integer_products(planes, activations, row, group, token, columns, FORMAT: t
     low, high, scale, minimum = FORMAT.decode(planes, row, group, columns)
     x_group = (token * groups)[:, None] + group[None, :]
     x_words = limbs + (x_group * (8 * LIMBS))[:, None, :, None] + tl.arange(0, 4)[None, None, None, :]
-    low_sum = tl.zeros((token.shape[0], row.shape[0], group.shape[0], 4), tl.int32)
-    high_sum = low_sum
+    product = 0
     for limb in tl.static_range(LIMBS):
-        low_sum = dot4(low[None], tl.load(x_words + limb * 8), low_sum << 8)
-        high_sum = dot4(high[None], tl.load(x_words + limb * 8 + 4), high_sum << 8)
+        low_words = dot4(low[None], tl.load(x_words + limb * 8), 0)
+        x_high = tl.load(x_words + limb * 8 + 4)
+        if FORMAT.scale_group == 16:
+            sums_of_limb = tl.join(tl.sum(low_words, axis=3), tl.sum(dot4(high[None], x_high, 0), axis=3))
+        else:
+            sums_of_limb = tl.sum(dot4(high[None], x_high, low_words), axis=3, keep_dims=True)
+        product = product * 256 + sums_of_limb
     x_sum = tl.load(sums + (x_group * 2)[:, None, :, None] + tl.arange(0, 2)[None, None, None, :])
-    if FORMAT.scale_group == 16:
-        product = tl.join(tl.sum(low_sum, axis=3), tl.sum(high_sum, axis=3))
-    else:
-        product = tl.sum(low_sum + high_sum, axis=3, keep_dims=True)
+    if FORMAT.scale_group == 32:
         x_sum = tl.sum(x_sum, axis=3, keep_dims=True)
     result = (product - FORMAT.zero * x_sum).to(tl.float32) * scale[None]
     if FORMAT.has_minimum:

@@ -37,7 +37,7 @@ class ManyRowsTile:
 
 @dataclass(frozen=True)
 class RowsTile:
-    """A program writes `rows` rows of `columns` weights each as floats."""
+    """A program converts `rows` rows, `columns` columns at a time."""
 
     rows: int
     columns: int
@@ -61,9 +61,12 @@ _MANY_ROWS_EXACT = {
     64: ManyRowsTile(rows=64, tokens=64, columns=32, warps=4, stages=2),
 }
 _ROWS = RowsTile(rows=4, columns=1024, warps=4)
+_HALVES = RowsTile(rows=1, columns=2048, warps=8)
+_LIMB_GROUPS = 32
 _INTERPRETER_FEW_ROWS = FewRowsTile(rows=128, groups=32, warps=1)
 _INTERPRETER_MANY_ROWS = ManyRowsTile(rows=128, tokens=64, columns=512, warps=1, stages=1)
-_INTERPRETER_ROWS = RowsTile(rows=128, columns=1024, warps=1)
+_INTERPRETER_ROWS = RowsTile(rows=64, columns=512, warps=1)
+_INTERPRETER_LIMB_GROUPS = 1024
 
 
 def few_rows_tile(tokens: int, groups: int) -> FewRowsTile:
@@ -86,3 +89,13 @@ def many_rows_tile(tokens: int, exact: bool) -> ManyRowsTile:
 def rows_tile() -> RowsTile:
     """The tile for weights as floats."""
     return _INTERPRETER_ROWS if triton.knobs.runtime.interpret else _ROWS
+
+
+def half_tile() -> RowsTile:
+    """The tile for activations as float16."""
+    return _INTERPRETER_ROWS if triton.knobs.runtime.interpret else _HALVES
+
+
+def limb_groups() -> int:
+    """Groups of activations that one program rounds to limbs."""
+    return _INTERPRETER_LIMB_GROUPS if triton.knobs.runtime.interpret else _LIMB_GROUPS

@@ -35,10 +35,15 @@ def elements(plane, row, group, groups, SPAN: tl.constexpr, COUNT: tl.constexpr)
 
 
 @triton.jit
-def words(plane, row, group, groups, BITS: tl.constexpr):
-    """Codes 0..15 and 16..31 of each group, one a byte: two (R, G, 4) int32, from a plane of BITS int32 a group."""
-    MASK: tl.constexpr = 0x01010101 * ((1 << BITS) - 1)
+def words(plane, row, group, groups, BITS: tl.constexpr, AT: tl.constexpr = 0):
+    """Codes 0..15 and 16..31 of each group, from a plane of BITS int32 a group: two (R, G, 4) int32.
+
+    A byte holds one code, shifted left by AT, from 0 to 4.
+    """
+    MASK: tl.constexpr = 0x01010101 * (((1 << BITS) - 1) << AT)
     codes = elements(plane, row, group, groups, 1, BITS)[:, :, None, :]
     shift = (tl.arange(0, 4 // BITS) * BITS)[None, None, :, None]
     shape: tl.constexpr = (row.shape[0], group.shape[0], 4)
-    return tl.reshape((codes >> shift) & MASK, shape), tl.reshape((codes >> (shift + 4)) & MASK, shape)
+    low = ((codes << AT) >> shift) & MASK  # what falls off on the left belongs to the high codes
+    high = (codes >> (shift + (4 - AT))) & MASK
+    return tl.reshape(low, shape), tl.reshape(high, shape)

@@ -31,9 +31,9 @@ def _join(low: torch.Tensor, high: torch.Tensor, scales: torch.Tensor, superscal
 def _decode(planes, row, group, columns):
     groups = columns // 32
     low, high = words(planes[0], row, group, groups, 4)
-    low_bit, high_bit = words(planes[1], row, group, groups, 1)
+    low_bit, high_bit = words(planes[1], row, group, groups, 1, 4)
     scale, minimum = scale_and_minimum(planes[2], planes[3], row, group, groups)
-    return low | low_bit << 4, high | high_bit << 4, scale, minimum
+    return low | low_bit, high | high_bit, scale, minimum
 
 
 Q5_K = Format(

@@ -30,10 +30,10 @@ def _join(low: torch.Tensor, high: torch.Tensor, scales: torch.Tensor, superscal
 def _decode(planes, row, group, columns):
     groups = columns // 32
     low, high = words(planes[0], row, group, groups, 4)
-    low_pair, high_pair = words(planes[1], row, group, groups, 2)
+    low_pair, high_pair = words(planes[1], row, group, groups, 2, 4)
     scale = elements(planes[2], row, group, groups, 1, 2).to(tl.float32)
     scale *= elements(planes[3], row, group, groups, 8, 1).to(tl.float32)
-    return low | low_pair << 4, high | high_pair << 4, scale, scale
+    return low | low_pair, high | high_pair, scale, scale
 
 
 Q6_K = Format(
