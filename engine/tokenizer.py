@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
 import numpy as np
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 class TokenizerModel(Protocol):
     """What is different between kinds of tokenizers: how plain text becomes tokens, and a plain token bytes."""
 
+    DEFAULT_IDS: Mapping[str, int]
+    """Which tokens are "bos", "eos" and "unknown", where the file does not say."""
     adds_bos: bool
     """Whether a text begins with the beginning-of-sequence token, where the file does not say."""
     adds_space: bool
@@ -39,7 +41,7 @@ class TokenizerModel(Protocol):
 
 
 _MODELS: dict[str, type[SentencePiece] | type[ByteLevelBPE]] = {"llama": SentencePiece, "gpt2": ByteLevelBPE}
-_NO_VOCABULARY = ("", "no_vocab", "none", "test")
+_NO_VOCABULARY = ("no_vocab", "none", "test")
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _MARKS = (TokenType.CONTROL, TokenType.UNKNOWN)
@@ -88,10 +90,10 @@ class Tokenizer:
         Raises TokenizerError when the file has none, one of a kind that is not supported, or a damaged one.
         """
         try:
-            model = file.get("tokenizer.ggml.model", str, "")
+            model = file.get("tokenizer.ggml.model", str, "none")
             if model not in _MODELS:
                 _refuse(file.path.name, model)
-            vocabulary = Vocabulary.from_gguf(file)
+            vocabulary = Vocabulary.from_gguf(file, _MODELS[model].DEFAULT_IDS)
             return cls(vocabulary, _MODELS[model](vocabulary, file), _swallows_space(vocabulary, file))
         except GGUFError as error:
             raise TokenizerError(str(error)) from None

@@ -7,6 +7,7 @@ and neighbours are merged in the order of the file's list of merges, of equal on
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from itertools import repeat
 from operator import contains
 from typing import TYPE_CHECKING
@@ -42,6 +43,7 @@ class ByteLevelBPE:
     A byte that the vocabulary has no token for is left out of the ids, as the models' own tokenizers do.
     """
 
+    DEFAULT_IDS: Mapping[str, int] = {}
     adds_space = False
 
     def __init__(self, vocabulary: Vocabulary, file: GGUFFile) -> None:

@@ -7,7 +7,7 @@ merged first, of equal scores the leftmost, until no pair is left. Characters wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -30,6 +30,7 @@ class SentencePiece:
     Control, unknown and byte tokens never come out of merges, so that no text forges them.
     """
 
+    DEFAULT_IDS: Mapping[str, int] = {"unknown": 0, "bos": 1, "eos": 2}
     adds_bos = True
 
     def __init__(self, vocabulary: Vocabulary, file: GGUFFile) -> None:

@@ -7,14 +7,14 @@ keys are those of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (sec
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trichord.errors import GGUFError, TokenizerError
+from trichord.errors import TokenizerError
 
 if TYPE_CHECKING:
     from trichord.gguf_file import GGUFFile
@@ -74,15 +74,11 @@ class Vocabulary:
     add_eos: bool | None
 
     @classmethod
-    def from_gguf(cls, file: GGUFFile) -> Vocabulary:
-        """Reads and checks the vocabulary. Raises TokenizerError where it is missing or inconsistent."""
-        try:
-            return cls._read(file)
-        except GGUFError as error:
-            raise TokenizerError(str(error)) from None
+    def from_gguf(cls, file: GGUFFile, default_ids: Mapping[str, int]) -> Vocabulary:
+        """Reads and checks the vocabulary. Raises TokenizerError where it is missing or inconsistent.
 
-    @classmethod
-    def _read(cls, file: GGUFFile) -> Vocabulary:
+        default_ids: which tokens are "bos", "eos" and "unknown" where the file does not say.
+        """
         name = file.path.name
         tokens = string_array(file, "tokenizer.ggml.tokens")
         if not tokens:
@@ -92,7 +88,8 @@ class Vocabulary:
             _refuse_duplicates(name, tokens, ids)
         ids.pop("", None)  # a token without text stands for nothing in a text
         types = _types(file, len(tokens))
-        special = {key: _special_id(file, key, len(tokens)) for key in ("bos", "unknown", *_STOP_KEYS)}
+        keys = ("bos", "unknown", *_STOP_KEYS)
+        special = {key: _special_id(file, key, default_ids.get(key), len(tokens)) for key in keys}
         stop_ids = _stop_ids(ids, types, (special[key] for key in _STOP_KEYS))
         for token in stop_ids:
             if types[token] == TokenType.USER_DEFINED:  # else anyone could end the model's turn by writing its text
@@ -157,9 +154,11 @@ def _scores(file: GGUFFile, count: int) -> np.ndarray | None:
     return scores
 
 
-def _special_id(file: GGUFFile, name: str, count: int) -> int | None:
+def _special_id(file: GGUFFile, name: str, default: int | None, count: int) -> int | None:
     key = f"tokenizer.ggml.{name}_token_id"
     token = file.get(key, int)
+    if token is None and default is not None and default < count:
+        return default
     if token is None or token in (-1, _NO_ID):
         return None
     if 0 <= token < count:
