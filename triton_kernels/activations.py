@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from trichord.triton_kernels.launch import half_tile, limb_groups
+from trichord.triton_kernels.launch import launches
 
 
 @triton.jit
@@ -83,7 +83,7 @@ class Activations:
             limbs = self.x.new_empty((self.tokens, groups, count * 32), dtype=torch.int8)
             scales = self.x.new_empty((self.tokens, groups))
             sums = self.x.new_empty((self.tokens, groups, 2), dtype=torch.int32)
-            total, block = self.tokens * groups, limb_groups()
+            total, block = self.tokens * groups, launches().limb_groups
             limb_kernel[(triton.cdiv(total, block),)](
                 self.x, limbs, scales, sums, total, LIMBS=count, BLOCK_GROUPS=block, enable_fp_fusion=True
             )
@@ -96,7 +96,7 @@ class Activations:
         stride = -(-self.columns // 16) * 16
         halves = self.x.new_empty((self.tokens, stride), dtype=torch.float16)
         scales = self.x.new_empty(self.tokens)
-        tile = half_tile()
+        tile = launches().halves
         half_kernel[(triton.cdiv(self.tokens, tile.rows),)](
             self.x,
             halves,

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from trichord.triton_kernels.activations import Activations
 from trichord.triton_kernels.formats import Format
-from trichord.triton_kernels.launch import many_rows_tile
+from trichord.triton_kernels.launch import launches
 from trichord.triton_kernels.primitives import half_dot
 from trichord.triton_kernels.tile import decode_tile, fragment_order
 
@@ -70,7 +70,7 @@ def gemm(activations: Activations, format: Format, data: torch.Tensor, rows: int
     """x (T, K) times the transposed weight (rows, K) -> (T, rows) float32, in float32 or from float16 operands."""
     tokens, columns = activations.tokens, activations.columns
     y = activations.x.new_empty((tokens, rows))
-    tile = many_rows_tile(tokens, exact)
+    tile = launches().gemm_tile(tokens, exact)
     x, scales = (activations.x, activations.x) if exact else activations.halves
     gemm_kernel[(triton.cdiv(tokens, tile.tokens), triton.cdiv(rows, tile.rows))](
         format.arguments(data, rows, columns),

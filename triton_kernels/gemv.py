@@ -8,7 +8,7 @@ import triton.language as tl
 
 from trichord.triton_kernels.activations import Activations
 from trichord.triton_kernels.formats import Format
-from trichord.triton_kernels.launch import few_rows_tile
+from trichord.triton_kernels.launch import launches
 from trichord.triton_kernels.primitives import dot4
 from trichord.triton_kernels.tile import decode_tile
 
@@ -93,7 +93,7 @@ def gemv(activations: Activations, format: Format, data: torch.Tensor, rows: int
     tokens, columns = activations.tokens, activations.columns
     y = activations.x.new_empty((tokens, rows))
     padded = triton.next_power_of_2(tokens)
-    tile = few_rows_tile(padded, format.groups(columns))
+    tile = launches().gemv_tile(padded, format.groups(columns))
     gemv_kernel[(triton.cdiv(rows, tile.rows),)](
         format.arguments(data, rows, columns),
         activations.limbs(limbs) if limbs else (activations.x,),

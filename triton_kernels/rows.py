@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from trichord.triton_kernels.formats import FORMATS
-from trichord.triton_kernels.launch import rows_tile
+from trichord.triton_kernels.launch import launches
 from trichord.triton_kernels.tile import decode_tile
 from trichord.weight_format import Weight
 
@@ -42,7 +42,7 @@ def _rows(weight: Weight, ids: torch.Tensor | None, count: int) -> torch.Tensor:
     columns, format = weight.in_features, FORMATS[weight.format]
     planes = format.arguments(weight.data, weight.rows, columns)
     output = torch.empty((count, columns), dtype=torch.float32, device=weight.device)
-    tile = rows_tile()
+    tile = launches().weights
     rows_kernel[(triton.cdiv(count, tile.rows), triton.cdiv(columns, tile.columns))](
         planes,
         ids,
