@@ -11,7 +11,9 @@ import errno
 import mmap
 import os
 import shutil
+import signal
 import struct
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -26,6 +28,7 @@ from trichord.gguf_header import Header, ValueType
 from trichord.weight_format import WeightFormat
 
 ALIGNMENT_KEY = "general.alignment"
+SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")  # uint16 (from 0), uint16, int32
 
 _INTEGERS = {
     ValueType.UINT16: "<H",
@@ -137,6 +140,16 @@ def new_files(targets: Sequence[Path], nbytes: int, force: bool = False) -> Iter
         for path in temporary:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def unwinding_on_sigterm() -> Iterator[None]:
+    """For commands: `kill` and `timeout` end the block like an exception, so that no temporary file stays behind."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _reason(error: OSError) -> str:

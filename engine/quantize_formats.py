@@ -275,6 +275,7 @@ def quantize_rows(values: np.ndarray, format: WeightFormat, importance: np.ndarr
     if quantizer.emphasis:
         square = np.square(x)
         w = w * np.sqrt(square.mean(axis=1, keepdims=True) + square)
-    # A block of zeros, or of columns never active, would leave nothing to minimize.
-    w = np.maximum(w, np.float32(1e-30))
+    # To a mean of 1, which keeps squares within float32's range; weights of no importance at all count a little.
+    mean = w.mean(axis=1, keepdims=True)
+    w = np.where(mean > 0, w, 1) / np.where(mean > 0, mean, 1) + np.float32(1e-6)
     return quantizer(x, w).reshape(len(values), row_bytes)
