@@ -1,0 +1,55 @@
+"""Rotary position embedding, and the write of the new keys and values into the paged cache."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from trichord.cpu_fallback.jit import have_numba
+
+
+def rotary_and_cache(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slots: torch.Tensor,
+    interleaved: bool,
+) -> None:
+    """Rotates q (T, H, D) in place; writes the rotated k (T, G, D) and v (T, G, Dv) at `slots` (T,) int64.
+
+    cos, sin (T, R/2), contiguous, rotate the first R <= D elements: pairs (2i, 2i+1) when interleaved (Su et al.,
+    2021), else (i, i + R/2) (GPT-NeoX); the rest passes through. Caches are (P, G, page, D) and (P, G, page, Dv),
+    contiguous, float32 or float16; slot = page index * page + offset. q, k and v may be slices of one product: only
+    the elements of a head must be adjacent.
+    """
+    tokens, heads, size = q.shape
+    kv_heads, value_size = v.shape[1:]
+    page, pairs = key_cache.shape[2], cos.shape[1]
+    if not have_numba():
+        pages, offsets = np.divmod(slots.numpy(), page)
+        rotated = k.numpy().copy()
+        for x in (q.numpy(), rotated):
+            _rotate(x, cos.numpy()[:, None], sin.numpy()[:, None], interleaved)
+        key_cache.numpy()[pages, :, offsets] = rotated
+        value_cache.numpy()[pages, :, offsets] = v.numpy()
+        return
+    from trichord.cpu_fallback.token_kernels import over_tokens, rotate, rotate_everywhere
+
+    tensors = tuple(tensor.data_ptr() for tensor in (q, k, v, cos, sin, key_cache, value_cache, slots))
+    strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]
+    half = int(key_cache.dtype == torch.float16)
+    geometry = heads, kv_heads, size, value_size, pairs, page, half, int(interleaved)
+    over_tokens(rotate, rotate_everywhere, tokens, (heads + kv_heads) * size, tensors, strides, geometry)
+
+
+def _rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, interleaved: bool) -> None:
+    """Turns the pairs of x (T, heads, D) in place."""
+    pairs = cos.shape[-1]
+    left = slice(0, 2 * pairs, 2) if interleaved else slice(0, pairs)
+    right = slice(1, 2 * pairs, 2) if interleaved else slice(pairs, 2 * pairs)
+    a, b = x[..., left].copy(), x[..., right].copy()
+    x[..., left], x[..., right] = a * cos - b * sin, a * sin + b * cos
