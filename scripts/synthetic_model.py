@@ -15,12 +15,16 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 
 from trichord import TrichordError, WeightFormat
+from trichord.errors import RequestError
+from trichord.gguf_file import TensorInfo
 from trichord.quantize import quantize_blocks
+from trichord.quantize_mix import MIXES, Mix, choose_formats, mix_by_name
 
 POOL_ROWS = 256
 
@@ -67,17 +71,41 @@ SHAPES = {
 }
 
 
-def weight_format(mix: str, name: str) -> WeightFormat:
-    """The format that `mix` gives the tensor `name`."""
-    return WeightFormat[mix]
+@dataclass(frozen=True)
+class _Outline:
+    """What the rules of a mix read of a file."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+    def get(self, key: str, kind: type, default: Any) -> Any:
+        return self.metadata.get(key, default)
 
 
-def write_synthetic_model(path: Path, shape_name: str, mix: str, seed: int = 0) -> Path:
-    """Writes the model; `mix` names the formats of its tensors. Raises TrichordError for a name that is unknown."""
-    shape = SHAPES[shape_name]
+def tensor_formats(shape: Shape, mix: Mix) -> dict[str, WeightFormat]:
+    """The format of every matrix, by the rules of `trichord quantize`."""
+    metadata = {
+        "general.architecture": "llama",
+        "llama.block_count": shape.layers,
+        "llama.attention.head_count": shape.heads,
+        "llama.attention.head_count_kv": shape.kv_heads,
+    }
+    tensors = {
+        name: TensorInfo(name, size, WeightFormat.F32, nbytes=0, offset=0, part=0)
+        for name, size in shape.matrices().items()
+    }
+    return choose_formats(_Outline(metadata, tensors), mix)
+
+
+def write_synthetic_model(path: Path, shape_name: str, mix_name: str, seed: int = 0) -> None:
+    """Writes the model, architecture `llama`. Raises RequestError for a shape or mix that is unknown."""
+    if shape_name not in SHAPES:
+        raise RequestError(f"{shape_name!r} is not a shape; there are {', '.join(SHAPES)}")
+    shape, mix = SHAPES[shape_name], mix_by_name(mix_name)
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name(f"synthetic {shape_name} {mix}")
+    writer.add_name(f"synthetic {shape_name} {mix_name.upper()}")
+    writer.add_file_type(mix.file_type)
     writer.add_context_length(shape.context)
     writer.add_embedding_length(shape.hidden)
     writer.add_block_count(shape.layers)
@@ -88,12 +116,11 @@ def write_synthetic_model(path: Path, shape_name: str, mix: str, seed: int = 0) 
     writer.add_rope_freq_base(shape.rope_base)
     writer.add_rope_dimension_count(shape.hidden // shape.heads)
     _add_vocabulary(writer, shape.vocabulary)
-    matrices = shape.matrices()
-    formats = {name: weight_format(mix, name) for name in matrices}
+    matrices, formats = shape.matrices(), tensor_formats(shape, mix)
     for name, (rows, columns) in matrices.items():
-        size = (rows, formats[name].row_bytes(columns))
+        row_bytes = formats[name].row_bytes(columns)
         raw_type = gguf.GGMLQuantizationType(formats[name].ggml_id)
-        writer.add_tensor_info(name, size, np.dtype(np.uint8), rows * size[1], raw_type)
+        writer.add_tensor_info(name, (rows, row_bytes), np.dtype(np.uint8), rows * row_bytes, raw_type)
     for name in shape.norms():
         writer.add_tensor_info(name, (shape.hidden,), np.dtype(np.float32), 4 * shape.hidden)
     writer.write_header_to_file()
@@ -101,15 +128,14 @@ def write_synthetic_model(path: Path, shape_name: str, mix: str, seed: int = 0) 
     writer.write_ti_data_to_file()
     pools: dict[tuple[WeightFormat, int], np.ndarray] = {}
     for name, (rows, columns) in matrices.items():
-        key = (formats[name], columns)
-        if key not in pools:
+        kind = (formats[name], columns)
+        if kind not in pools:
             values = rng.standard_normal((POOL_ROWS, columns)) * columns**-0.5
-            pools[key] = quantize_blocks(values.astype(np.float32), formats[name])
-        writer.write_tensor_data(pools[key][rng.integers(POOL_ROWS, size=rows)])
+            pools[kind] = quantize_blocks(values.astype(np.float32), formats[name])
+        writer.write_tensor_data(pools[kind][rng.integers(POOL_ROWS, size=rows)])
     for _ in shape.norms():
         writer.write_tensor_data(np.ones(shape.hidden, np.float32))
     writer.close()
-    return path
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
@@ -129,9 +155,10 @@ def _add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(
         description="Write a GGUF with the shape of a known model and random weights, for benchmarks.",
+        epilog=f"Mixes: {', '.join(MIXES)}.",
     )
-    parser.add_argument("shape", choices=SHAPES, metavar="SHAPE", help=", ".join(SHAPES))
-    parser.add_argument("mix", metavar="MIX", help="formats of the tensors: Q4_K_M, Q8_0, Q6_K, Q4_0, F16, ...")
+    parser.add_argument("shape", metavar="SHAPE", help=", ".join(SHAPES))
+    parser.add_argument("mix", metavar="MIX", help="formats of the tensors, as `trichord quantize` names them")
     parser.add_argument("output", type=Path, metavar="FILE.gguf", help="the file to write")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the weights (default: %(default)s)")
     options = parser.parse_args()
