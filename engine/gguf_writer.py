@@ -115,22 +115,19 @@ def file_bytes(pairs: Sequence[bytes], tensors: Sequence[NewTensor], alignment: 
 
 
 @contextlib.contextmanager
-def new_files(targets: Sequence[Path], nbytes: int, force: bool = False) -> Iterator[list[Path]]:
+def new_files(source: GGUFFile, targets: Sequence[Path], nbytes: int, force: bool = False) -> Iterator[list[Path]]:
     """Yields a temporary path beside each target; afterwards all become their targets, or after an error none.
 
-    nbytes: what all of them will take together. Raises RequestError when a target exists already (unless `force`),
-    cannot be written, or there is no room for it.
+    source: what they are made from, which none may replace. nbytes: what all will take together. Raises RequestError
+    when a target exists already (unless `force`), cannot be written, or there is no room for it.
     """
-    for target in targets:
-        if target.is_dir():
-            raise RequestError(f"{target}: this is a directory; name the file to write")
-        if target.exists() and not force:
-            raise RequestError(f"{target}: the file exists already (--force replaces it)")
     temporary = [target.with_name(f"{target.name}.{os.getpid()}.tmp") for target in targets]
     try:
+        for target in targets:
+            _check_target(target, source, force)
         free = shutil.disk_usage(targets[0].parent).free
         if free < nbytes:
-            raise RequestError(f"{targets[0]}: the file takes {nbytes:,} bytes, and the disk has {free:,} left")
+            raise RequestError(f"{targets[0]}: the disk has {free:,} bytes left, and {nbytes:,} are needed")
         yield temporary
         for path, target in zip(temporary, targets, strict=True):
             os.replace(path, target)
@@ -140,6 +137,17 @@ def new_files(targets: Sequence[Path], nbytes: int, force: bool = False) -> Iter
         for path in temporary:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
+
+
+def _check_target(target: Path, source: GGUFFile, force: bool) -> None:
+    if target.is_dir():
+        raise RequestError(f"{target}: this is a directory; name the file to write")
+    if not target.exists():
+        return
+    if any(part.samefile(target) for part in source.parts):
+        raise RequestError(f"{target}: a file cannot be replaced by what is made from it; name another target")
+    if not force:
+        raise RequestError(f"{target}: the file exists already (--force replaces it)")
 
 
 @contextlib.contextmanager

@@ -79,9 +79,7 @@ def quantize_file(
     """
     chosen_mix = mix_by_name(mix)
     matrix = None if imatrix is None else ImportanceMatrix(imatrix)
-    target = Path(target)
     with GGUFFile(source) as file:
-        _refuse_overwriting(file, target)
         formats = choose_formats(file, chosen_mix, pure, matrix is not None)
         for name, format in formats.items():
             _check_conversion(file.tensors[name], format, matrix, allow_requantize)
@@ -92,7 +90,7 @@ def quantize_file(
         layout = (list(pairs.values()), tensors, alignment_of(file))
         report = QuantizeReport(file.nbytes, file_bytes(*layout))
         with (
-            new_files([target], report.nbytes, force) as (temporary,),
+            new_files(file, [Path(target)], report.nbytes, force) as (temporary,),
             GGUFStream(temporary, *layout) as stream,
             progress_bar(f"Quantizing to {mix.upper()}", file.nbytes, "bytes", progress) as advance,
         ):
@@ -141,11 +139,6 @@ def _decode(rows: np.ndarray, format: WeightFormat) -> np.ndarray:
     columns = rows.shape[1] // format.block_bytes * format.block_size
     weight = Weight(torch.from_numpy(rows), format, (len(rows), columns), "blocks")
     return operations("blocks").dequantize(weight).numpy()
-
-
-def _refuse_overwriting(file: GGUFFile, target: Path) -> None:
-    if target.exists() and any(part.samefile(target) for part in file.parts):
-        raise RequestError(f"{target}: a file cannot be replaced by what is made from it; name another target")
 
 
 def _check_conversion(

@@ -1,7 +1,7 @@
 """Splitting a GGUF file into parts and merging parts into one file: `trichord split`, `trichord merge`.
 
-Parts are named and marked as llama.cpp's gguf-split does: NAME-00001-of-00003.gguf and so on, the metadata in the first,
-and in each `split.no` (from 0), `split.count` and `split.tensors.count`. Tensors keep their order and their bytes.
+Parts are named and marked as llama.cpp's gguf-split does: NAME-00001-of-00003.gguf and so on, the metadata in the
+first, and in each `split.no` (from 0), `split.count` and `split.tensors.count`. Tensors keep order and bytes.
 """
 
 from __future__ import annotations
@@ -133,15 +133,12 @@ def _write(
     progress: bool | None,
 ) -> None:
     """Copies each group of tensors into its target."""
-    for target in targets:
-        if target.exists() and any(part.samefile(target) for part in file.parts):
-            raise RequestError(f"{target}: a file cannot be replaced by what is made from it; name another target")
     alignment = alignment_of(file)
     tables = [[NewTensor(tensor.name, tensor.shape, tensor.format) for tensor in group] for group in groups]
     nbytes = sum(file_bytes(pair, table, alignment) for pair, table in zip(pairs, tables, strict=True))
     total = sum(tensor.nbytes for tensor in file.tensors.values())
     with (
-        new_files(targets, nbytes, force) as temporary,
+        new_files(file, targets, nbytes, force) as temporary,
         progress_bar(title, total, "bytes", progress) as advance,
     ):
         for path, own_pairs, table in zip(temporary, pairs, tables, strict=True):
