@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trichord import __version__
+from trichord import __version__, quantize, split
 from trichord.errors import RequestError, TrichordError
 
 if TYPE_CHECKING:
@@ -49,6 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     for name, what, add, command in (
         ("run", "complete a prompt", _add_run_arguments, _run),
         ("info", "describe a GGUF file", _add_info_arguments, _info),
+        ("quantize", "convert a GGUF file to smaller weight formats", quantize.add_arguments, quantize.run),
+        ("split", "cut a GGUF file into parts", split.add_split_arguments, split.run_split),
+        ("merge", "join the parts of a split GGUF file", split.add_merge_arguments, split.run_merge),
     ):
         subparser = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
         add(subparser)
