@@ -44,9 +44,11 @@ class TemplateProcess:
         return reply["text"]
 
     def _running(self) -> subprocess.Popen[bytes]:
-        # After a fork the parent's process is not ours to talk to.
-        if self._process and self._process.poll() is None and self._owner == os.getpid():
-            return self._process
+        if self._process:
+            # After a fork the parent's process is not ours to talk to.
+            if self._process.poll() is None and self._owner == os.getpid():
+                return self._process
+            self._end()
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(_WORKER)],
