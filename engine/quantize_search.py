@@ -10,16 +10,25 @@ Arrays are C-contiguous float32 and finite.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
 # Sums may be reordered into SIMD lanes; a zero divisor gives inf or nan instead of a Python exception.
-_compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+_OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
 
 # Into the caller, because passing a codebook costs more than a group's arithmetic.
-_inlined = njit(inline="always", error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+_inlined = njit(inline="always", **_OPTIONS)
+
+
+def _compiled(function: Callable) -> Callable:
+    try:
+        return njit(cache=True, **_OPTIONS)(function)
+    except RuntimeError:  # there is no directory where the machine code could be kept
+        return njit(**_OPTIONS)(function)
+
 
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
@@ -312,9 +321,9 @@ def fit_affine(x, w, high, starts, signed):
             total += ws[i] * xs[i]
         if not signed:
             lowest = min(lowest, _ZERO)
-        best_gain = total * total / weight if signed else _ZERO
         scale = curvature = _ZERO
-        shift = total / weight if signed else _ZERO
+        shift = total / weight if signed else min(total / weight, _ZERO)
+        best_gain = shift * total
         span = highest - lowest
         if span > _ZERO:
             for k in range(starts.size + 2):
