@@ -44,11 +44,27 @@ def attention(
         return output
     from trichord.cpu_fallback.attention_kernel import attend
 
-    tensors = q, key_cache, value_cache, page_tables, query_starts, context_lengths, output
     sequences, max_pages = page_tables.shape
-    half = int(key_cache.dtype == torch.float16)
-    geometry = sequences, max_pages, heads, kv_heads, size, value_size, page, half, q.stride(0), q.stride(1)
-    attend(tuple(tensor.data_ptr() for tensor in tensors), geometry, max_query, np.float32(scale), threads())
+    problem = {
+        "q": q.data_ptr(),
+        "key_cache": key_cache.data_ptr(),
+        "value_cache": value_cache.data_ptr(),
+        "page_tables": page_tables.data_ptr(),
+        "query_starts": query_starts.data_ptr(),
+        "context_lengths": context_lengths.data_ptr(),
+        "output": output.data_ptr(),
+        "max_pages": max_pages,
+        "group": heads // kv_heads,
+        "kv_heads": kv_heads,
+        "size": size,
+        "value_size": value_size,
+        "page": page,
+        "is_half": key_cache.dtype == torch.float16,
+        "token_stride": q.stride(0),
+        "head_stride": q.stride(1),
+        "scale": scale,
+    }
+    attend(problem, sequences, max_query, threads())
     return output
 
 

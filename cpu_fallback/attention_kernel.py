@@ -11,13 +11,16 @@ times many rows of vectors, whose sums stay in registers.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from llvmlite import ir
-from numba import prange, types
+from numba import carray, types
 from numba.extending import intrinsic
 
-from trichord.cpu_fallback.jit import compiled
-from trichord.cpu_fallback.native import exp, floats, from_half, halves, integers
+from trichord.cpu_fallback.jit import compile_address, compiled
+from trichord.cpu_fallback.jobs import FIELDS, run
+from trichord.cpu_fallback.native import exp, floats, from_half, halves, integers, pointer
 from trichord.cpu_fallback.vectors import F32, I8, I16, I64, Emitter, Vector
 
 TILE = 32
@@ -25,6 +28,19 @@ TILE = 32
 
 ROWS, COLUMNS = 4, 16
 """A product's sums in registers: eight vectors of eight hide the latency of the multiply-add."""
+
+_ADDRESSES = "q", "key_cache", "value_cache", "page_tables", "query_starts", "context_lengths", "output", "states"
+_X = FIELDS.index("x")
+_GEOMETRY = "max_pages", "tiles", "group", "kv_heads", "size", "value_size", "page", "is_half", "splits", "rows"
+_STRIDES = "token_stride", "head_stride"
+PROBLEM = np.dtype(
+    [*((name, np.int64) for name in (*_ADDRESSES, *_GEOMETRY, *_STRIDES)), ("scale", np.float32)], align=True
+)
+"""A call of `attention.attention`: its tensors' addresses, the shapes, q's strides in elements, the scale.
+
+`tiles` is how many a sequence may have, `splits` among how many tasks a context is divided. Where these are several,
+each task leaves its state (see `_attend_tile`) at `states`, one after the other; a state has `rows` rows.
+"""
 
 
 def _emitter(context, builder) -> Emitter:  # type: ignore[no-untyped-def]
@@ -169,153 +185,146 @@ def _soften(scores, count, largest):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _attend_tile(addresses, geometry, scale, task, state, scratch):  # type: ignore[no-untyped-def]
-    """A task's rows over its pages, into `state`: weighted sums of values (R, Dv), the maxima (R,) and sums (R,)."""
-    q, key_cache, value_cache, page_tables, _, _, _ = addresses
-    _, max_pages, heads, kv_heads, size, value_size, page, is_half, token_stride, head_stride = geometry
+def _attend_tile(problem, task, state):  # type: ignore[no-untyped-def]
+    """A task's rows over its pages. Row r of `state` becomes (sums of weighted values ..., maximum, sum of weights)."""
     sequence, kv_head, first_row, rows, first_token, first_position, first_page, last_page = task
-    sums, largest, total = state
-    queries, scores, keys, values = scratch
-    sums.fill(0.0)
-    largest.fill(-1e30)
-    total.fill(0.0)
-    queries.fill(0.0)
-    group = heads // kv_heads
+    group, size, value_size, page, is_half = (
+        problem.group,
+        problem.size,
+        problem.value_size,
+        problem.page,
+        problem.is_half,
+    )
+    queries = np.zeros((state.shape[0], size), np.float32)
+    scores = np.empty((state.shape[0], page), np.float32)
+    keys = np.empty((size, page), np.float32)
+    values = np.zeros((page, state.shape[1] - 2), np.float32)
     for row in range(rows):
-        token, head = divmod(first_row + row, group)
-        address = q + 4 * ((first_token + token) * token_stride + (kv_head * group + head) * head_stride)
-        query = floats(address, size)
+        token, head = first_token + (first_row + row) // group, kv_head * group + (first_row + row) % group
+        query = floats(problem.q + 4 * (token * problem.token_stride + head * problem.head_stride), size)
         for column in range(size):
-            queries[row, column] = query[column] * scale
-    table = integers(page_tables + 4 * sequence * max_pages, max_pages)
+            queries[row, column] = query[column] * problem.scale
+    maximum, total = state.shape[1] - 2, state.shape[1] - 1
+    state.fill(0.0)
+    for row in range(rows):
+        state[row, maximum] = -1e30  # finite: a row that sees no key of a page must not give NaN
+    table = integers(problem.page_tables + 4 * sequence * problem.max_pages, problem.max_pages)
     width = 2 if is_half else 4
     for index in range(first_page, last_page):
-        place = np.int64(table[index]) * kv_heads + kv_head
+        place = np.int64(table[index]) * problem.kv_heads + kv_head
         visible = first_position - index * page + 1  # keys of this page that the sequence's first query sees
         most = min(page, visible + (first_row + rows - 1) // group)
-        _load_keys(keys, key_cache + place * page * size * width, is_half, most)
+        _load_keys(keys, problem.key_cache + place * page * size * width, is_half, most)
         scores.fill(0.0)
         _product(scores, queries, keys, rows, most, size)
         for row in range(rows):
             count = max(0, min(page, visible + (first_row + row) // group))
-            new_largest, added = _soften(scores[row], count, largest[row])
-            if new_largest > largest[row]:
-                decay = exp(largest[row] - new_largest)
-                largest[row] = new_largest
-                total[row] *= decay
-                for column in range(sums.shape[1]):
-                    sums[row, column] *= decay
-            total[row] += added
-        _load_values(values, value_cache + place * page * value_size * width, is_half, value_size, most)
-        _product(sums, scores, values, rows, value_size, most)
+            largest, added = _soften(scores[row], count, state[row, maximum])
+            if largest > state[row, maximum]:
+                decay = exp(state[row, maximum] - largest)
+                for column in range(state.shape[1]):
+                    state[row, column] *= decay
+                state[row, maximum] = largest
+            state[row, total] += added
+        _load_values(values, problem.value_cache + place * page * value_size * width, is_half, value_size, most)
+        _product(state, scores, values, rows, value_size, most)
+
+
+@compiled
+def _write(problem, task, state):  # type: ignore[no-untyped-def]
+    """A task's means to the output."""
+    _, kv_head, first_row, rows, first_token, _, _, _ = task
+    group, value_size = problem.group, problem.value_size
+    for row in range(rows):
+        token, head = first_token + (first_row + row) // group, kv_head * group + (first_row + row) % group
+        place = (token * problem.kv_heads * group + head) * value_size
+        mean = floats(problem.output + 4 * place, value_size)
+        for column in range(value_size):
+            mean[column] = state[row, column] / state[row, state.shape[1] - 1]
+
+
+@compiled
+def _task(problem, index):  # type: ignore[no-untyped-def]
+    """What task number `index` comprises; no rows where its sequence has no such tile."""
+    index, split = index // problem.splits, index % problem.splits
+    index, kv_head = index // problem.kv_heads, index % problem.kv_heads
+    sequence, first_row = index // problem.tiles, index % problem.tiles * TILE
+    starts = integers(problem.query_starts + 4 * sequence, 2)
+    first_token, tokens = np.int64(starts[0]), np.int64(starts[1]) - np.int64(starts[0])
+    rows = min(TILE, tokens * problem.group - first_row)
+    first_position = np.int64(integers(problem.context_lengths + 4 * sequence, 1)[0]) - tokens
+    pages = (first_position + (first_row + rows - 1) // problem.group) // problem.page + 1
+    first_page, last_page = pages * split // problem.splits, pages * (split + 1) // problem.splits
+    return sequence, kv_head, first_row, rows, first_token, first_position, first_page, last_page
+
+
+@compiled
+def _state(problem, index):  # type: ignore[no-untyped-def]
+    """Where the task's state lives."""
+    columns = -(-problem.value_size // COLUMNS) * COLUMNS + 2
+    if problem.splits == 1:
+        return np.empty((problem.rows, columns), np.float32)
+    return carray(pointer(problem.states + 4 * index * problem.rows * columns), (problem.rows, columns), np.float32)
+
+
+@compiled
+def _attend(problem, index):  # type: ignore[no-untyped-def]
+    task = _task(problem, index)
+    if task[3] > 0:
+        state = _state(problem, index)
+        _attend_tile(problem, task, state)
+        if problem.splits == 1:
+            _write(problem, task, state)
+
+
+def _kernel(job, first, last):  # type: ignore[no-untyped-def]
+    problem = carray(pointer(carray(job, len(FIELDS))[_X]), 1, PROBLEM)[0]
+    for index in range(first, last):
+        _attend(problem, index)
 
 
 @compiled
 def _merge(state, other):  # type: ignore[no-untyped-def]
-    """Adds the state of another split of the same context."""
-    (sums, largest, total), (other_sums, other_largest, other_total) = state, other
-    for row in range(len(total)):
-        new_largest = max(largest[row], other_largest[row])
-        decay, other_decay = exp(largest[row] - new_largest), exp(other_largest[row] - new_largest)
-        largest[row] = new_largest
-        total[row] = total[row] * decay + other_total[row] * other_decay
-        for column in range(sums.shape[1]):
-            sums[row, column] = sums[row, column] * decay + other_sums[row, column] * other_decay
+    """Adds another split's state."""
+    maximum = state.shape[1] - 2
+    for row in range(state.shape[0]):
+        largest = max(state[row, maximum], other[row, maximum])
+        decay, other_decay = exp(state[row, maximum] - largest), exp(other[row, maximum] - largest)
+        for column in range(state.shape[1]):
+            state[row, column] = state[row, column] * decay + other[row, column] * other_decay
+        state[row, maximum] = largest
 
 
 @compiled
-def _write(addresses, geometry, task, state):  # type: ignore[no-untyped-def]
-    """A task's means to the output."""
-    heads, kv_heads, value_size = geometry[2], geometry[3], geometry[5]
-    _, kv_head, first_row, rows, first_token, _, _, _ = task
-    sums, _, total = state
-    group = heads // kv_heads
-    for row in range(rows):
-        token, head = divmod(first_row + row, group)
-        place = ((first_token + token) * heads + kv_head * group + head) * value_size
-        output = floats(addresses[6] + 4 * place, value_size)
-        for column in range(value_size):
-            output[column] = sums[row, column] / total[row]
+def _combine(problems, tasks):  # type: ignore[no-untyped-def]
+    """The states of each context's splits, to the output."""
+    problem = problems[0]
+    for index in range(0, tasks, problem.splits):
+        task = _task(problem, index)
+        if task[3] > 0:
+            state = _state(problem, index)
+            for other in range(index + 1, index + problem.splits):
+                _merge(state, _state(problem, other))
+            _write(problem, task, state)
 
 
-@compiled
-def _task(addresses, geometry, tiles, pair, split, splits):  # type: ignore[no-untyped-def]
-    """What the split of a (tile, key-value head) comprises; tiles (S+1,) is how many precede each sequence's."""
-    sequences, _, heads, kv_heads, _, _, page, _, _, _ = geometry
-    starts = integers(addresses[4], sequences + 1)
-    lengths = integers(addresses[5], sequences)
-    tile, kv_head = divmod(pair, kv_heads)
-    sequence = 0
-    while tiles[sequence + 1] <= tile:
-        sequence += 1
-    group = heads // kv_heads
-    tokens = np.int64(starts[sequence + 1] - starts[sequence])
-    first_row = (tile - tiles[sequence]) * TILE
-    rows = min(TILE, tokens * group - first_row)
-    first_position = lengths[sequence] - tokens
-    pages = (first_position + (first_row + rows - 1) // group) // page + 1
-    first_page, last_page = pages * split // splits, pages * (split + 1) // splits
-    return sequence, kv_head, first_row, rows, np.int64(starts[sequence]), first_position, first_page, last_page
+@functools.cache
+def _kernel_address() -> int:
+    return compile_address(_kernel, "void(CPointer(int64), int64, int64)")
 
 
-@compiled
-def _work(addresses, geometry, scale, tiles, states, splits, worker, workers):  # type: ignore[no-untyped-def]
-    """Every workers-th task, from that of this number."""
-    _, _, _, kv_heads, size, _, page, _, _, _ = geometry
-    sums, largest, total = states
-    rows, padded = sums.shape[1:]
-    scratch = (
-        np.empty((rows, size), np.float32),
-        np.empty((rows, page), np.float32),
-        np.empty((size, page), np.float32),
-        np.zeros((page, padded), np.float32),
-    )
-    for index in range(worker, tiles[-1] * kv_heads * splits, workers):
-        slot = worker if splits == 1 else index
-        state = sums[slot], largest[slot], total[slot]
-        task = _task(addresses, geometry, tiles, index // splits, index % splits, splits)
-        _attend_tile(addresses, geometry, scale, task, state, scratch)
-        if splits == 1:
-            _write(addresses, geometry, task, state)
-
-
-@compiled
-def _combine(addresses, geometry, tiles, states, splits, pair):  # type: ignore[no-untyped-def]
-    """The splits of a (tile, key-value head), to the output."""
-    sums, largest, total = states
-    first = pair * splits
-    state = sums[first], largest[first], total[first]
-    for slot in range(first + 1, first + splits):
-        _merge(state, (sums[slot], largest[slot], total[slot]))
-    _write(addresses, geometry, _task(addresses, geometry, tiles, pair, 0, splits), state)
-
-
-@compiled(parallel=True)
-def attend(addresses, geometry, max_query, scale, workers):  # type: ignore[no-untyped-def]
-    """Causal attention on `workers` threads. Shapes and meaning as in `attention.attention`.
-
-    addresses: q, key_cache, value_cache, page_tables, query_starts, context_lengths, output.
-    geometry: sequences, max_pages, heads, kv_heads, head size, value size, page, whether the caches are of float16,
-    and the strides of q, in elements, from one token and from one head to the next.
-    """
-    sequences, max_pages, heads, kv_heads, _, value_size, _, _, _, _ = geometry
-    starts = integers(addresses[4], sequences + 1)
-    group = heads // kv_heads
-    tiles = np.zeros(sequences + 1, np.int64)
-    for sequence in range(sequences):
-        tokens = np.int64(starts[sequence + 1] - starts[sequence])
-        tiles[sequence + 1] = tiles[sequence] + (tokens * group + TILE - 1) // TILE
-    pairs = tiles[sequences] * kv_heads
-    splits = 1 if pairs >= 2 * workers else min(max_pages, (2 * workers + pairs - 1) // max(pairs, 1))
-    slots = workers if splits == 1 else pairs * splits  # without splits a state is finished before the next begins
-    rows = (min(TILE, max_query * group) + ROWS - 1) // ROWS * ROWS
-    states = (
-        np.empty((slots, rows, (value_size + COLUMNS - 1) // COLUMNS * COLUMNS), np.float32),
-        np.empty((slots, rows), np.float32),
-        np.empty((slots, rows), np.float32),
-    )
-    for worker in prange(workers):
-        _work(addresses, geometry, scale, tiles, states, splits, np.int64(worker), workers)
+def attend(problem: dict[str, int | float], sequences: int, max_query: int, workers: int) -> None:
+    """Attention of `sequences` sequences of at most `max_query` queries; `problem` lacks what is decided here."""
+    rows = max_query * problem["group"]
+    tiles = -(-rows // TILE)
+    tasks = sequences * tiles * problem["kv_heads"]
+    splits = 1 if tasks >= 2 * workers else min(problem["max_pages"], -(-2 * workers // max(tasks, 1)))
+    rows = -(-min(rows, TILE) // ROWS) * ROWS
+    columns = -(-problem["value_size"] // COLUMNS) * COLUMNS + 2
+    states = np.empty(tasks * splits * rows * columns if splits > 1 else 0, np.float32)
+    problem |= {"tiles": tiles, "splits": splits, "rows": rows, "states": states.ctypes.data}
+    problems = np.array([tuple(problem[name] for name in PROBLEM.names)], PROBLEM)
+    tasks *= splits
+    run([{"kernel": _kernel_address(), "rows": tasks, "chunk_rows": 1, "x": problems.ctypes.data}])
     if splits > 1:
-        for pair in prange(pairs):
-            _combine(addresses, geometry, tiles, states, splits, np.int64(pair))
+        _combine(problems, tasks)

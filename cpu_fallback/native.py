@@ -15,7 +15,9 @@ from trichord.cpu_fallback.vectors import Emitter, Vector
 
 
 @intrinsic
-def _pointer(typing_context, address):  # type: ignore[no-untyped-def]
+def pointer(typing_context, address):  # type: ignore[no-untyped-def]
+    """What `numba.carray` takes, from an address."""
+
     def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
 
@@ -25,25 +27,25 @@ def _pointer(typing_context, address):  # type: ignore[no-untyped-def]
 @compiled
 def floats(address, count):  # type: ignore[no-untyped-def]
     """The float32 numbers at an address."""
-    return carray(_pointer(address), (count,), np.float32)
+    return carray(pointer(address), (count,), np.float32)
 
 
 @compiled
 def halves(address, count):  # type: ignore[no-untyped-def]
     """The bits of the float16 numbers at an address."""
-    return carray(_pointer(address), (count,), np.uint16)
+    return carray(pointer(address), (count,), np.uint16)
 
 
 @compiled
 def integers(address, count):  # type: ignore[no-untyped-def]
     """The int32 numbers at an address."""
-    return carray(_pointer(address), (count,), np.int32)
+    return carray(pointer(address), (count,), np.int32)
 
 
 @compiled
 def long_integers(address, count):  # type: ignore[no-untyped-def]
     """The int64 numbers at an address."""
-    return carray(_pointer(address), (count,), np.int64)
+    return carray(pointer(address), (count,), np.int64)
 
 
 @intrinsic
