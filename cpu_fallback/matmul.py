@@ -61,6 +61,8 @@ def matmul(x: torch.Tensor, weights: Sequence[Weight], precision: str) -> list[t
     """x (T, K) float32 -> [x @ W.T (T, N) float32 for each weight], without `weight.scale`."""
     x = x.contiguous()
     results = [torch.empty(len(x), weight.out_features) for weight in weights]
+    if not len(x):
+        return results
     activations: dict[str, Activations] = {}
     jobs: list[dict[str, int]] = []
     for weight, y in zip(weights, results, strict=True):
