@@ -165,7 +165,7 @@ def main() -> int:
     started = time.perf_counter()
     try:
         write_synthetic_model(options.output, options.shape, options.mix, options.seed)
-    except TrichordError as error:
+    except (TrichordError, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
     size = options.output.stat().st_size
