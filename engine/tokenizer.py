@@ -1,6 +1,7 @@
 """The tokenizer of a GGUF file: text to token ids and back, from the file's own vocabulary.
 
-The ids are those that llama.cpp gives for the same file and text.
+The ids are those that llama.cpp gives for the same file and text, but for one thing: text never turns into a control
+token by chance of its merges, only where `parse_special` asks for it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from trichord.tokenizer_bpe import ByteLevelBPE
 from trichord.tokenizer_specials import SpecialTokens
 from trichord.tokenizer_spm import SentencePiece
 from trichord.tokenizer_vocabulary import TokenType, Vocabulary
+from trichord.tokenizer_wordpiece import WordPiece
 
 if TYPE_CHECKING:
     from trichord.gguf_file import GGUFFile
@@ -26,12 +28,19 @@ if TYPE_CHECKING:
 class TokenizerModel(Protocol):
     """What is different between kinds of tokenizers: how plain text becomes tokens, and a plain token bytes."""
 
-    DEFAULT_IDS: Mapping[str, int]
-    """Which tokens are "bos", "eos" and "unknown", where the file does not say."""
     adds_bos: bool
     """Whether a text begins with the beginning-of-sequence token, where the file does not say."""
+    adds_eos: bool
+    """Whether it ends with the end-of-sequence token, likewise."""
     adds_space: bool
     """Whether a text begins with a space that it does not have."""
+
+    def __init__(self, vocabulary: Vocabulary, file: GGUFFile) -> None:
+        """Raises TokenizerError or GGUFError when the file lacks what this kind needs."""
+
+    @staticmethod
+    def default_ids(file: GGUFFile) -> Mapping[str, int]:
+        """Which tokens are "bos", "eos" and "unknown", where the file does not say."""
 
     def encode(self, text: str, after_special: bool) -> list[int]:
         """The ids of a piece of text, not empty, without special tokens in it, but maybe after one or at the start."""
@@ -40,7 +49,7 @@ class TokenizerModel(Protocol):
         """The bytes that a normal token of this text stands for."""
 
 
-_MODELS: dict[str, type[SentencePiece] | type[ByteLevelBPE]] = {"llama": SentencePiece, "gpt2": ByteLevelBPE}
+_MODELS: dict[str, type[TokenizerModel]] = {"llama": SentencePiece, "gpt2": ByteLevelBPE, "bert": WordPiece}
 _NO_VOCABULARY = ("no_vocab", "none", "test")
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -69,14 +78,8 @@ class Tokenizer:
         self.bos_id = vocabulary.bos_id
         self.eos_id = vocabulary.eos_id
         self.stop_ids = vocabulary.stop_ids
-        self._add_bos = model.adds_bos and self.bos_id is not None if vocabulary.add_bos is None else vocabulary.add_bos
-        self._add_eos = bool(vocabulary.add_eos)
-        for name, adds, token in (("bos", self._add_bos, self.bos_id), ("eos", self._add_eos, self.eos_id)):
-            if adds and token is None:
-                raise TokenizerError(
-                    f"{vocabulary.file_name}: tokenizer.ggml.add_{name}_token is true, but there is no"
-                    f" tokenizer.ggml.{name}_token_id"
-                )
+        self._before = _added("bos", vocabulary.add_bos, model.adds_bos, self.bos_id, vocabulary.file_name)
+        self._after = _added("eos", vocabulary.add_eos, model.adds_eos, self.eos_id, vocabulary.file_name)
         self._invisible = frozenset(np.flatnonzero(np.isin(vocabulary.types, _INVISIBLE)).tolist())
         self._bytes: dict[int, bytes] = {}
         user_defined = vocabulary.ids_of(TokenType.USER_DEFINED)
@@ -93,7 +96,7 @@ class Tokenizer:
             model = file.get("tokenizer.ggml.model", str, "none")
             if model not in _MODELS:
                 _refuse(file.path.name, model)
-            vocabulary = Vocabulary.from_gguf(file, _MODELS[model].DEFAULT_IDS)
+            vocabulary = Vocabulary.from_gguf(file, _MODELS[model].default_ids(file))
             return cls(vocabulary, _MODELS[model](vocabulary, file), _swallows_space(vocabulary, file))
         except GGUFError as error:
             raise TokenizerError(str(error)) from None
@@ -113,7 +116,7 @@ class Tokenizer:
             raise TokenizerError(
                 f"the text has a lone surrogate, U+{ord(text[error.start]):04X}, at index {error.start}: no character"
             ) from None
-        ids = [self.bos_id] if add_special and self._add_bos else []
+        ids = list(self._before) if add_special else []
         after_special = True
         for piece in (self._all_special if parse_special else self._user_defined).split(text):
             if isinstance(piece, int):
@@ -121,8 +124,8 @@ class Tokenizer:
             else:
                 ids += self._model.encode(piece, after_special)
             after_special = isinstance(piece, int)
-        if add_special and self._add_eos:
-            ids.append(self.eos_id)
+        if add_special:
+            ids += self._after
         return ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True, continues: bool = False) -> str:
@@ -182,9 +185,18 @@ def _refuse(file_name: str, model: str) -> NoReturn:
     if model in _NO_VOCABULARY:
         raise TokenizerError(f"{file_name}: the file has no tokenizer that can be used; give token ids instead of text")
     raise TokenizerError(
-        f"{file_name}: the tokenizer model {model!r:.80} is not supported ({' and '.join(_MODELS)} are);"
+        f"{file_name}: the tokenizer model {model!r:.80} is not supported ({', '.join(_MODELS)} are);"
         " give token ids instead of text"
     )
+
+
+def _added(name: str, asked: bool | None, usual: bool, token: int | None, file_name: str) -> list[int]:
+    """The token that goes before or after a text, if any."""
+    if asked and token is None:
+        raise TokenizerError(
+            f"{file_name}: tokenizer.ggml.add_{name}_token is true, but there is no tokenizer.ggml.{name}_token_id"
+        )
+    return [token] if token is not None and (usual if asked is None else asked) else []
 
 
 def _swallows_space(vocabulary: Vocabulary, file: GGUFFile) -> frozenset[int]:

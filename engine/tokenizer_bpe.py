@@ -43,8 +43,12 @@ class ByteLevelBPE:
     A byte that the vocabulary has no token for is left out of the ids, as the models' own tokenizers do.
     """
 
-    DEFAULT_IDS: Mapping[str, int] = {}
-    adds_space = False
+    adds_eos = adds_space = False
+
+    @staticmethod
+    def default_ids(file: GGUFFile) -> Mapping[str, int]:
+        """None: these vocabularies have no ids in common."""
+        return {}
 
     def __init__(self, vocabulary: Vocabulary, file: GGUFFile) -> None:
         self._pre_tokenizer = _pre_tokenizer(file)

@@ -30,8 +30,12 @@ class SentencePiece:
     Control, unknown and byte tokens never come out of merges, so that no text forges them.
     """
 
-    DEFAULT_IDS: Mapping[str, int] = {"unknown": 0, "bos": 1, "eos": 2}
-    adds_bos = True
+    adds_bos, adds_eos = True, False
+
+    @staticmethod
+    def default_ids(file: GGUFFile) -> Mapping[str, int]:
+        """Those of Llama's own vocabulary."""
+        return {"unknown": 0, "bos": 1, "eos": 2}
 
     def __init__(self, vocabulary: Vocabulary, file: GGUFFile) -> None:
         self.adds_space = file.get("tokenizer.ggml.add_space_prefix", bool, True)
