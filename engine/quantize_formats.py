@@ -130,10 +130,11 @@ class Scaled:
         scales, curvatures = (a.reshape(blocks, -1) for a in search.fit_scales(x, w, book, self.starts, self.signed))
         # A block's scales are quantized by the same search as its weights.
         d, _ = search.fit_scales(scales, curvatures, multiples, _multiple_starts(multiples), True)
-        scale_codes, d = search.settle_scales(x3, w3, scales, self._decoded(self._stored(d)), book, multiples)
         stored = self._stored(d)[:, None]
+        d = self._decoded(stored)
+        scale_codes = search.choose_multiples(x3, w3, scales, d, book, multiples)
         factors = multiples.levels[scale_codes] if multiples.levels.size else multiples.low + scale_codes
-        codes, units = search.encode(x, w, (self._decoded(stored) * factors).astype(np.float32).ravel(), book)
+        codes, units = search.encode(x, w, (d * factors).astype(np.float32).ravel(), book)
         negative = units.reshape(blocks, -1) < 0
         return self.pack(Encoded(codes.reshape(blocks, -1), scale_codes, stored, negative=negative))
 
@@ -172,10 +173,10 @@ class Affine:
         starts = _multiple_starts(multiples)
         d, _ = search.fit_scales(scales, scale_curvatures, multiples, starts, True)
         m, _ = search.fit_scales(shifts, shift_curvatures, multiples, starts, True)
-        d, m = _half(d).astype(np.float32), _half(m).astype(np.float32)
-        p, q, d, m = search.settle_affine(x3, w3, scales, shifts, d, m, high, multiples)
         d, m = _half(d)[:, None], _half(m)[:, None]
-        codes = search.encode_affine(x, (d * p).astype(np.float32).ravel(), (m * q).astype(np.float32).ravel(), high)
+        d32, m32 = d.astype(np.float32), m.astype(np.float32)
+        p, q = search.choose_affine_multiples(x3, w3, scales, shifts, d32, m32, high, multiples)
+        codes = search.encode_affine(x, (d32 * p).ravel(), (m32 * q).ravel(), high)
         codes, p, q = (a.astype(np.uint8) for a in (codes.reshape(blocks, -1), p, q))
         return self.pack(Encoded(codes, p, d, q, m))
 

@@ -32,6 +32,7 @@ def _compiled(function: Callable) -> Callable:
 
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
+_SMALLEST = np.float32(1e-37)
 
 
 class Codebook(NamedTuple):
@@ -196,7 +197,8 @@ def _size(book):
 
 @_compiled
 def _inverse(scale):
-    return _ONE / scale if scale != _ZERO else _ZERO
+    """1 / scale, or 0 for a scale whose inverse is no float32."""
+    return _ONE / scale if abs(scale) > _SMALLEST else _ZERO
 
 
 @_inlined
@@ -234,36 +236,29 @@ def fit_scales(x, w, book, starts, signed):
 
 
 @_compiled
-def settle_scales(x, w, scales, super_scales, book, multipliers):
-    """Chooses each group's multiplier of its block's super-scale, then the super-scale again by least squares.
+def choose_multiples(x, w, scales, d, book, multiples):
+    """Which multiple of its block's super-scale serves each group best: the one nearest to its own scale, or the next.
 
-    x, w: (blocks, groups, n). scales: (blocks, groups), each group's own best. super_scales: (blocks,).
-    Returns the numbers of the multipliers (blocks, groups) int32 in their codebook, and the super-scales (blocks,).
+    x, w: (blocks, groups, n). scales: (blocks, groups), each group's own best. d: (blocks, 1), the super-scales.
+    Returns the multiples' numbers in their codebook (blocks, groups) int32.
     """
     blocks, groups, n = x.shape
     chosen = np.empty((blocks, groups), np.int32)
-    refined = np.empty(blocks, np.float32)
     unit, index = np.empty(n, np.float32), np.empty(n, np.int32)
     nearest = np.empty(1, np.float32)
     for b in range(blocks):
-        d = super_scales[b]
-        dots = norms = _ZERO
         for g in range(groups):
-            _nearest(scales[b, g : g + 1], scales[b, g : g + 1], _inverse(d), multipliers, nearest, index)
-            guess = _code(nearest[0], multipliers)
-            best_error, best_dot, best_norm = np.float32(np.inf), _ZERO, _ZERO
-            for code in range(max(guess - 1, 0), min(guess + 2, _size(multipliers))):
-                multiplier = _member(code, multipliers)
-                scale = d * multiplier
+            _nearest(scales[b, g : g + 1], w[b, g], _inverse(d[b, 0]), multiples, nearest, index)
+            guess = _code(nearest[0], multiples)
+            best_error = np.float32(np.inf)
+            for code in range(max(guess - 1, 0), min(guess + 2, _size(multiples))):
+                scale = d[b, 0] * _member(code, multiples)
                 dot, norm = _match(x[b, g], w[b, g], _inverse(scale), book, unit, index)
                 error = scale * (scale * norm - (dot + dot))
                 if error < best_error:
-                    best_error, best_dot, best_norm = error, multiplier * dot, multiplier * multiplier * norm
+                    best_error = error
                     chosen[b, g] = code
-            dots += best_dot
-            norms += best_norm
-        refined[b] = dots / norms if norms > _ZERO else d
-    return chosen, refined
+    return chosen
 
 
 @_compiled
@@ -347,58 +342,38 @@ def fit_affine(x, w, high, starts, signed):
 
 
 @_compiled
-def settle_affine(x, w, scales, shifts, d, m, high, multipliers):
-    """Chooses each group's multipliers of its block's super-scale d and super-shift m, then d and m by least squares.
+def choose_affine_multiples(x, w, scales, shifts, d, m, high, multiples):
+    """Which multiples of its block's super-scale d and super-shift m serve each group best, of the nine nearest pairs.
 
-    x, w: (blocks, groups, n). scales, shifts: (blocks, groups), each group's own best. d, m: (blocks,).
-    Returns both kinds of multipliers (blocks, groups) and the refined d and m (blocks,).
+    x, w: (blocks, groups, n). scales, shifts: (blocks, groups), each group's own best. d, m: (blocks, 1).
+    Returns the multiples of d and of m, (blocks, groups) float32.
     """
     blocks, groups, n = x.shape
-    scale_codes = np.empty((blocks, groups), np.float32)
-    shift_codes = np.empty((blocks, groups), np.float32)
-    refined_d, refined_m = d.copy(), m.copy()
-    nearest, index = np.empty(1, np.float32), np.empty(1, np.int32)
+    scale_multiples = np.empty((blocks, groups), np.float32)
+    shift_multiples = np.empty((blocks, groups), np.float32)
     for b in range(blocks):
-        # The normal equations of (d, m) over the whole block.
-        dd = dm = mm = dx = mx = _ZERO
         for g in range(groups):
             xs, ws = x[b, g], w[b, g]
             weight = total = _ZERO
             for i in range(n):
                 weight += ws[i]
                 total += ws[i] * xs[i]
-            _nearest(scales[b, g : g + 1], ws, _inverse(d[b]), multipliers, nearest, index)
-            scale_guess = nearest[0]
-            _nearest(shifts[b, g : g + 1], ws, _inverse(m[b]), multipliers, nearest, index)
-            shift_guess = nearest[0]
-            best_error = _ZERO
-            best = (_ZERO, _ZERO, _ZERO)
+            scale_guess = _round(scales[b, g] * _inverse(d[b, 0]), multiples.low, multiples.high)
+            shift_guess = _round(shifts[b, g] * _inverse(m[b, 0]), multiples.low, multiples.high)
+            best_error = np.float32(np.inf)
             for k in range(9):
-                p = scale_guess + np.float32((k + 1) % 3 - 1)
-                q = shift_guess + np.float32((k // 3 + 1) % 3 - 1)
-                if min(p, q) < multipliers.low or max(p, q) > multipliers.high:
+                p = scale_guess + np.float32(k % 3 - 1)
+                q = shift_guess + np.float32(k // 3 - 1)
+                if min(p, q) < multiples.low or max(p, q) > multiples.high:
                     continue
-                scale, shift = d[b] * p, m[b] * q
+                scale, shift = d[b, 0] * p, m[b, 0] * q
                 first, second, dot = _match_affine(xs, ws, _inverse(scale), shift, high)
                 error = scale * (scale * second - (dot + dot)) + shift * (shift * weight - (total + total))
                 error += (scale + scale) * shift * first
-                if k == 0 or error < best_error:
-                    best_error, best = error, (first, second, dot)
-                    scale_codes[b, g], shift_codes[b, g] = p, q
-            first, second, dot = best
-            p, q = scale_codes[b, g], shift_codes[b, g]
-            dd += p * p * second
-            dm += p * q * first
-            mm += q * q * weight
-            dx += p * dot
-            mx += q * total
-        determinant = dd * mm - dm * dm
-        if determinant > _ZERO:
-            refined_d[b] = (mm * dx - dm * mx) / determinant
-            refined_m[b] = (dd * mx - dm * dx) / determinant
-        elif dd > _ZERO:
-            refined_d[b] = dx / dd
-    return scale_codes, shift_codes, refined_d, refined_m
+                if error < best_error:
+                    best_error = error
+                    scale_multiples[b, g], shift_multiples[b, g] = p, q
+    return scale_multiples, shift_multiples
 
 
 @_compiled
