@@ -75,9 +75,10 @@ class Vocabulary:
 
     @classmethod
     def from_gguf(cls, file: GGUFFile, default_ids: Mapping[str, int]) -> Vocabulary:
-        """Reads and checks the vocabulary. Raises TokenizerError where it is missing or inconsistent.
+        """Reads and checks the vocabulary.
 
-        default_ids: which tokens are "bos", "eos" and "unknown" where the file does not say.
+        default_ids: which tokens are "bos", "eos" and "unknown" where the file does not say. Raises TokenizerError
+        where the vocabulary is missing or inconsistent, GGUFError where a key is of the wrong type.
         """
         name = file.path.name
         tokens = string_array(file, "tokenizer.ggml.tokens")
