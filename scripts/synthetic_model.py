@@ -139,14 +139,14 @@ def write_synthetic_model(path: Path, shape_name: str, mix_name: str, seed: int 
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
-    """A SentencePiece vocabulary: three control tokens, the bytes, and words that no text contains."""
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    """A SentencePiece vocabulary: three special tokens, the bytes, the space, and words that no text contains."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
     types = [gguf.TokenType.UNKNOWN, *[gguf.TokenType.CONTROL] * 2, *[gguf.TokenType.BYTE] * 256]
-    words = size - len(tokens)
+    tokens += [f"▁word{number}" for number in range(size - len(tokens))]
     writer.add_tokenizer_model("llama")
-    writer.add_token_list(tokens + [f"▁word{number}" for number in range(words)])
-    writer.add_token_scores([0.0] * len(tokens) + [-float(number) for number in range(words)])
-    writer.add_token_types(types + [gguf.TokenType.NORMAL] * words)
+    writer.add_token_list(tokens)
+    writer.add_token_scores([-float(token) for token in range(size)])
+    writer.add_token_types(types + [gguf.TokenType.NORMAL] * (size - len(types)))
     writer.add_unk_token_id(0)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
