@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from trichord.cpu_fallback.jit import have_numba, threads
+from trichord.cpu_fallback.jit import have_numba
 
 _BLOCK_TOKENS, _BLOCK_KEYS = 128, 1024
 """NumPy's scores at a time, for every head: large enough for BLAS, small enough for long contexts."""
@@ -30,9 +30,7 @@ def attention(
     (S, max_pages) int32). Query head h reads key head h // (H / G). The elements of a head of q must be adjacent.
     Every precision computes in float32.
     """
-    tokens, heads, size = q.shape
-    _, kv_heads, page, value_size = value_cache.shape
-    output = torch.empty((tokens, heads, value_size), dtype=torch.float32)
+    output = torch.empty((*q.shape[:2], value_cache.shape[3]), dtype=torch.float32)
     if not have_numba():
         keys, values = key_cache.numpy(), value_cache.numpy()
         starts, lengths = query_starts.tolist(), context_lengths.tolist()
@@ -44,27 +42,7 @@ def attention(
         return output
     from trichord.cpu_fallback.attention_kernel import attend
 
-    sequences, max_pages = page_tables.shape
-    problem = {
-        "q": q.data_ptr(),
-        "key_cache": key_cache.data_ptr(),
-        "value_cache": value_cache.data_ptr(),
-        "page_tables": page_tables.data_ptr(),
-        "query_starts": query_starts.data_ptr(),
-        "context_lengths": context_lengths.data_ptr(),
-        "output": output.data_ptr(),
-        "max_pages": max_pages,
-        "group": heads // kv_heads,
-        "kv_heads": kv_heads,
-        "size": size,
-        "value_size": value_size,
-        "page": page,
-        "is_half": key_cache.dtype == torch.float16,
-        "token_stride": q.stride(0),
-        "head_stride": q.stride(1),
-        "scale": scale,
-    }
-    attend(problem, sequences, max_query, threads())
+    attend(q, key_cache, value_cache, page_tables, query_starts, context_lengths, output, max_query, scale)
     return output
 
 

@@ -14,11 +14,12 @@ from __future__ import annotations
 import functools
 
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from trichord.cpu_fallback.jit import compile_address, compiled
+from trichord.cpu_fallback.jit import compile_address, compiled, threads
 from trichord.cpu_fallback.jobs import FIELDS, run
 from trichord.cpu_fallback.native import exp, floats, from_half, halves, integers, pointer
 from trichord.cpu_fallback.vectors import F32, I8, I16, I64, Emitter, Vector
@@ -313,18 +314,35 @@ def _kernel_address() -> int:
     return compile_address(_kernel, "void(CPointer(int64), int64, int64)")
 
 
-def attend(problem: dict[str, int | float], sequences: int, max_query: int, workers: int) -> None:
-    """Attention of `sequences` sequences of at most `max_query` queries; `problem` lacks what is decided here."""
-    rows = max_query * problem["group"]
-    tiles = -(-rows // TILE)
-    tasks = sequences * tiles * problem["kv_heads"]
-    splits = 1 if tasks >= 2 * workers else min(problem["max_pages"], -(-2 * workers // max(tasks, 1)))
-    rows = -(-min(rows, TILE) // ROWS) * ROWS
-    columns = -(-problem["value_size"] // COLUMNS) * COLUMNS + 2
-    states = np.empty(tasks * splits * rows * columns if splits > 1 else 0, np.float32)
-    problem |= {"tiles": tiles, "splits": splits, "rows": rows, "states": states.ctypes.data}
-    problems = np.array([tuple(problem[name] for name in PROBLEM.names)], PROBLEM)
-    tasks *= splits
-    run([{"kernel": _kernel_address(), "rows": tasks, "chunk_rows": 1, "x": problems.ctypes.data}])
+def attend(
+    q: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    page_tables: torch.Tensor,
+    query_starts: torch.Tensor,
+    context_lengths: torch.Tensor,
+    output: torch.Tensor,
+    max_query: int,
+    scale: float,
+) -> None:
+    """`attention.attention`, to `output`. Contexts are split where there are fewer tasks than two a thread."""
+    _, heads, size = q.shape
+    _, kv_heads, page, value_size = value_cache.shape
+    sequences, max_pages = page_tables.shape
+    group = heads // kv_heads
+    tiles = -(-max_query * group // TILE)
+    tasks = sequences * tiles * kv_heads
+    wanted = 2 * threads()
+    splits = 1 if tasks >= wanted else min(max_pages, -(-wanted // max(tasks, 1)))
+    rows = -(-min(max_query * group, TILE) // ROWS) * ROWS
+    states = np.empty(
+        0 if splits == 1 else tasks * splits * rows * (-(-value_size // COLUMNS) * COLUMNS + 2), np.float32
+    )
+    tensors = q, key_cache, value_cache, page_tables, query_starts, context_lengths, output
+    addresses = *(tensor.data_ptr() for tensor in tensors), states.ctypes.data
+    geometry = max_pages, tiles, group, kv_heads, size, value_size, page, key_cache.itemsize == 2, splits, rows
+    problems = np.array([(*addresses, *geometry, q.stride(0), q.stride(1), scale)], PROBLEM)
+    job = {"kernel": _kernel_address(), "rows": tasks * splits, "chunk_rows": 1, "x": problems.ctypes.data}
+    run([job | {"columns": rows * max_pages * page * size // splits}])  # about the products a task takes
     if splits > 1:
-        _combine(problems, tasks)
+        _combine(problems, tasks * splits)
