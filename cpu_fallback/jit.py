@@ -114,8 +114,10 @@ def _check_cachable(function: FunctionType) -> None:
 
 
 def threads() -> int:
-    """Threads that a parallel kernel or a matrix product uses."""
-    return _threads or default_threads()
+    """Threads that a parallel kernel or a matrix product uses; the machine is asked once, for asking reads files."""
+    global _threads
+    _threads = _threads or default_threads()
+    return _threads
 
 
 def set_threads(count: int) -> None:
