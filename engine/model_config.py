@@ -43,6 +43,8 @@ class _Reader:
 
     def config(self) -> ModelConfig:
         layers = self.positive("block_count")
+        if layers > len(self.file.tensors):
+            self.fail(f"the metadata promises {layers} layers, but the file has {len(self.file.tensors)} tensors")
         hidden_size = self.positive("embedding_length")
         context_length = self.positive("context_length")
         heads = self.per_layer("attention.head_count", layers)

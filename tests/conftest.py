@@ -1,4 +1,7 @@
-"""Where no GPU is at hand the Triton kernels run in Triton's interpreter, which must be chosen before its import."""
+"""What must be set before anything is imported.
+
+Where no GPU is at hand the Triton kernels run in the interpreter. Workers that share the cores take one thread each.
+"""
 
 import os
 
@@ -6,3 +9,6 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)

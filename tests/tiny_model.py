@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 
 HIDDEN, HEADS, KV_HEADS, FEED_FORWARD, LAYERS, CONTEXT = 64, 4, 2, 96, 2, 512
-BOS, EOS = 256, 257
+BOS, EOS, VOCABULARY = 256, 257, 259
 
 
 def byte_tokens() -> list[str]:
@@ -29,13 +29,13 @@ def write_tiny_model(path: Path, *, tokenizer: bool = True, seed: int = 0, conte
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
-    tokens = [*byte_tokens(), "<s>", "</s>"]
+    tokens = [*byte_tokens(), "<s>", "</s>", "he"]
     if tokenizer:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("gpt-2")
         writer.add_token_list(tokens)
-        writer.add_token_types([gguf.TokenType.NORMAL] * 256 + [gguf.TokenType.CONTROL] * 2)
-        writer.add_token_merges([])
+        writer.add_token_types([gguf.TokenType.NORMAL] * 256 + [gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL])
+        writer.add_token_merges(["h e"])
         writer.add_bos_token_id(BOS)
         writer.add_eos_token_id(EOS)
         writer.add_add_bos_token(True)
