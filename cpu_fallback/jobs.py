@@ -14,6 +14,9 @@ from numba.extending import intrinsic
 
 from trichord.cpu_fallback.jit import compiled, threads
 
+_WORTH_WAKING = 1 << 18
+"""Products of smaller jobs than this are done before other threads have woken, and depend on no scheduler."""
+
 FIELDS = (
     "kernel",  # address of the machine code
     "rows",
@@ -56,25 +59,34 @@ def _call(typing_context, jobs, job, first, last):  # type: ignore[no-untyped-de
     return types.void(jobs, types.int64, types.int64, types.int64), emit
 
 
-@compiled(parallel=True)
-def _work(jobs, counter, workers):  # type: ignore[no-untyped-def]
-    for _ in prange(workers):
-        while True:
-            chunk, job = _take(counter), 0
-            while job < len(jobs):
-                rows, chunk_rows = jobs[job, 1], jobs[job, 2]
-                chunks = (rows + chunk_rows - 1) // chunk_rows
-                if chunk < chunks:
-                    break
-                chunk -= chunks
-                job += 1
-            if job == len(jobs):
+@compiled
+def _work(jobs, counter):  # type: ignore[no-untyped-def]
+    while True:
+        chunk, job = _take(counter), 0
+        while job < len(jobs):
+            rows, chunk_rows = jobs[job, 1], jobs[job, 2]
+            chunks = (rows + chunk_rows - 1) // chunk_rows
+            if chunk < chunks:
                 break
-            first = chunk * chunk_rows
-            _call(jobs, job, first, min(first + chunk_rows, rows))
+            chunk -= chunks
+            job += 1
+        if job == len(jobs):
+            break
+        first = chunk * chunk_rows
+        _call(jobs, job, first, min(first + chunk_rows, rows))
+
+
+@compiled(parallel=True)
+def _work_together(jobs, counter, workers):  # type: ignore[no-untyped-def]
+    for _ in prange(workers):
+        _work(jobs, counter)
 
 
 def run(jobs: list[dict[str, int]]) -> None:
     """Work off the jobs, dictionaries of `FIELDS` (those a kernel does not read may be missing)."""
     table = np.array([[job.get(field, 0) for field in FIELDS] for job in jobs], np.int64)
-    _work(table, np.zeros(1, np.int64), threads())
+    counter = np.zeros(1, np.int64)
+    if sum(job["rows"] * job["columns"] * job.get("tokens", 1) for job in jobs) < _WORTH_WAKING:
+        _work(table, counter)
+    else:
+        _work_together(table, counter, threads())
