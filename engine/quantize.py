@@ -46,8 +46,8 @@ def quantize_blocks(values: np.ndarray, format: WeightFormat, importance: np.nda
 
     values: (rows, columns) float32, finite. importance: (columns,) float32, the mean square of the activations that
     meet each column (an importance matrix), or None to count every column alike. Returns (rows, row_bytes) uint8.
-    Raises ValueError when the columns do not fill whole blocks or the format has no quantizer, DeviceError
-    without Numba.
+    Raises ValueError when the columns do not fill whole blocks, the format has no quantizer or a weight is not finite,
+    DeviceError without Numba.
     """
     try:
         from trichord.quantize_formats import quantize_rows

@@ -128,25 +128,23 @@ class Scaled:
         x, w = x.reshape(-1, self.group), w.reshape(-1, self.group)
         x3, w3 = x.reshape(blocks, -1, self.group), w.reshape(blocks, -1, self.group)
         scales, curvatures = (a.reshape(blocks, -1) for a in search.fit_scales(x, w, book, self.starts, self.signed))
-        # A block's scales are quantized by the same search as its weights.
-        d, _ = search.fit_scales(scales, curvatures, multiples, _multiple_starts(multiples), True)
-        stored = self._stored(d)[:, None]
-        d = self._decoded(stored)
+        stored, d = self._super_scales(scales, curvatures)
         scale_codes = search.choose_multiples(x3, w3, scales, d, book, multiples)
         factors = multiples.levels[scale_codes] if multiples.levels.size else multiples.low + scale_codes
         codes, units = search.encode(x, w, (d * factors).astype(np.float32).ravel(), book)
         negative = units.reshape(blocks, -1) < 0
         return self.pack(Encoded(codes.reshape(blocks, -1), scale_codes, stored, negative=negative))
 
-    def _stored(self, d: np.ndarray) -> np.ndarray:
-        """What the block's field holds of d; a scale beyond its range is cut to the largest."""
+    def _super_scales(self, scales: np.ndarray, curvatures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What each block's field holds and the scale it stands for, both (blocks, 1)."""
         if self.unit is None:
-            return np.ones_like(d)
+            ones = np.ones((len(scales), 1), np.float32)
+            return ones, ones
+        # A block's scales are quantized by the same search as its weights. What exceeds the field is cut.
+        d, _ = search.fit_scales(scales, curvatures, self.multiples, _multiple_starts(self.multiples), True)
         largest = np.finfo(self.field).max
-        return np.clip(d / np.float32(self.unit), -largest, largest).astype(self.field)
-
-    def _decoded(self, stored: np.ndarray) -> np.ndarray:
-        return stored.astype(np.float32) * np.float32(self.unit or 1)
+        stored = np.clip(d / np.float32(self.unit), -largest, largest).astype(self.field)[:, None]
+        return stored, stored.astype(np.float32) * np.float32(self.unit)
 
 
 @dataclass(frozen=True)
@@ -239,6 +237,9 @@ _QUANTIZERS: dict[WeightFormat, Callable[[], Scaled | Affine]] = {
 }
 
 
+_LARGEST = 1e9  # squares of weights, of their errors and sums of these must be float32 numbers
+
+
 def _bfloat16(x: np.ndarray) -> np.ndarray:
     """The upper half of each float32, rounded to nearest, ties to even."""
     bits = x.view(np.uint32)
@@ -271,6 +272,8 @@ def quantize_rows(values: np.ndarray, format: WeightFormat, importance: np.ndarr
     if format in _CASTS:
         return np.ascontiguousarray(_CASTS[format](values)).view(np.uint8).reshape(len(values), row_bytes)
     quantizer = _quantizer(format)
+    if not np.abs(values).max() <= _LARGEST:  # nor is NaN
+        raise ValueError(f"weights to quantize must be finite and of magnitude {_LARGEST:.0e} at most")
     w = np.ones_like(values) if importance is None else np.broadcast_to(importance.astype(np.float32), values.shape)
     x, w = values.reshape(-1, format.block_size), w.reshape(-1, format.block_size)
     if quantizer.emphasis:

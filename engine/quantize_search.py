@@ -78,6 +78,7 @@ def _nearest_levels(x, inverse, levels, edges, unit):
 
 @_compiled
 def _nearest_vectors(x, w, inverse, book, unit, index):
+    """Of each vector's shortlist the one of least weighted error; in a group of alternatives those of least in all."""
     width = book.vectors.shape[1]
     base = book.levels.size
     y = np.empty(x.size, np.float32)
@@ -104,6 +105,7 @@ def _nearest_vectors(x, w, inverse, book, unit, index):
                 point += digit * place
                 place *= base
             best = np.float32(np.inf)
+            found[j] = book.shortlist[alternative, point, 0]
             for candidate in book.shortlist[alternative, point]:
                 error = _ZERO
                 for i in range(width):
@@ -112,7 +114,7 @@ def _nearest_vectors(x, w, inverse, book, unit, index):
                 if error < best:
                     best, found[j] = error, candidate
             total += best
-        if total < best_total:
+        if alternative == 0 or total < best_total:
             best_total = total
             for j in range(x.size // width):
                 index[j] = found[j]
@@ -250,6 +252,7 @@ def choose_multiples(x, w, scales, d, book, multiples):
         for g in range(groups):
             _nearest(scales[b, g : g + 1], w[b, g], _inverse(d[b, 0]), multiples, nearest, index)
             guess = _code(nearest[0], multiples)
+            chosen[b, g] = guess
             best_error = np.float32(np.inf)
             for code in range(max(guess - 1, 0), min(guess + 2, _size(multiples))):
                 scale = d[b, 0] * _member(code, multiples)
@@ -360,6 +363,7 @@ def choose_affine_multiples(x, w, scales, shifts, d, m, high, multiples):
                 total += ws[i] * xs[i]
             scale_guess = _round(scales[b, g] * _inverse(d[b, 0]), multiples.low, multiples.high)
             shift_guess = _round(shifts[b, g] * _inverse(m[b, 0]), multiples.low, multiples.high)
+            scale_multiples[b, g], shift_multiples[b, g] = scale_guess, shift_guess
             best_error = np.float32(np.inf)
             for k in range(9):
                 p = scale_guess + np.float32(k % 3 - 1)

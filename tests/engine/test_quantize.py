@@ -151,6 +151,9 @@ def test_what_does_not_fit_is_refused() -> None:
         quantize_blocks(gaussian(1, 128), F.Q4_K)
     with pytest.raises(ValueError, match="no quantizer for F64"):
         quantize_blocks(gaussian(1, 128), F.F64)
+    for value in (np.nan, np.inf, 1e30):
+        with pytest.raises(ValueError, match=r"must be finite and of magnitude 1e\+09 at most"):
+            quantize_blocks(np.full((1, 256), value, np.float32), F.IQ2_XS)
 
 
 # Mixes
