@@ -186,7 +186,7 @@ class LLM:
             Sequence(
                 list(ids),
                 params,
-                CompletionText(self.tokenizer.detokenizer() if self.tokenizer else None, params.stop),
+                CompletionText(self.tokenizer.detokenizer(continues=True) if self.tokenizer else None, params.stop),
                 ends | set(params.stop_token_ids),
                 limit,
                 index=index,
