@@ -15,7 +15,18 @@ import torch
 import triton
 import triton.language as tl
 
+from trichord.triton_kernels.primitives import half_dot
+
 MAX_SPLITS = 64
+
+
+@triton.jit
+def _dot(a, b, accumulator, EXACT: tl.constexpr):
+    """accumulator + a @ b, of float32 operands when EXACT, else of float16."""
+    if EXACT:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
+    else:
+        return half_dot(a.to(tl.float16), b.to(tl.float16), accumulator)
 
 
 @triton.jit
@@ -52,7 +63,7 @@ def _step(
     BLOCK_VALUE: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
-    OPERAND: tl.constexpr,
+    EXACT: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Attends to BLOCK_KEYS positions of one page, from `start`; returns the new (largest, total, mean)."""
@@ -62,14 +73,15 @@ def _step(
     rows = page * page_rows + start % PAGE + offsets
     inside = positions < length
     key = _load_rows(keys, rows, tl.arange(0, BLOCK_HEAD), inside, HEAD_SIZE, BLOCK_HEAD, MASKED)
-    scores = tl.dot(queries, tl.trans(key.to(OPERAND)), input_precision="ieee")
+    scores = tl.zeros([queries.shape[0], BLOCK_KEYS], tl.float32)
+    scores = _dot(queries, tl.trans(key), scores, EXACT)
     if MASKED:
         scores = tl.where(positions[None, :] <= query_positions[:, None], scores, float("-inf"))
     new_largest = tl.maximum(largest, tl.max(scores, axis=1) * factors)
     weights = tl.exp2(scores * factors[:, None] - new_largest[:, None])
     decay = tl.exp2(largest - new_largest)
     value = _load_rows(values, rows, tl.arange(0, BLOCK_VALUE), inside, VALUE_SIZE, BLOCK_VALUE, MASKED)
-    mean = tl.dot(weights.to(OPERAND), value.to(OPERAND), mean * decay[:, None], input_precision="ieee")
+    mean = _dot(weights, value, mean * decay[:, None], EXACT)
     return new_largest, total * decay + tl.sum(weights, axis=1), mean
 
 
@@ -103,7 +115,7 @@ def attention_kernel(
     PAGE: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
-    OPERAND: tl.constexpr,
+    EXACT: tl.constexpr,
     SINGLE: tl.constexpr,
     PARTIAL: tl.constexpr,
 ):
@@ -140,7 +152,9 @@ def attention_kernel(
     # A power of two a row takes the queries into half precision's range; the scores are multiplied by it afterwards.
     exponents = tl.max(tl.abs(queries), axis=1).to(tl.int32, bitcast=True) & 0x7F800000
     powers = tl.maximum(exponents.to(tl.float32, bitcast=True), 1e-30)
-    queries = (queries / powers[:, None]).to(OPERAND)
+    queries /= powers[:, None]
+    if not EXACT:
+        queries = queries.to(tl.float16)
     factors = powers * (scale * 1.4426950408889634)  # exp(x) = exp2(x log2(e))
 
     whole = begin  # SINGLE waits for memory, not for the mask: one loop
@@ -156,12 +170,12 @@ def attention_kernel(
     for start in range(begin, whole, BLOCK_KEYS):  # positions that every row of the tile sees
         largest, total, mean = _step(
             start, queries, factors, query_positions, largest, total, mean, keys, values, page_table, page_rows, length,
-            HEAD_SIZE, VALUE_SIZE, BLOCK_HEAD, BLOCK_VALUE, PAGE, BLOCK_KEYS, OPERAND, MASKED=False,
+            HEAD_SIZE, VALUE_SIZE, BLOCK_HEAD, BLOCK_VALUE, PAGE, BLOCK_KEYS, EXACT, MASKED=False,
         )  # fmt: skip
     for start in range(whole, end, BLOCK_KEYS):
         largest, total, mean = _step(
             start, queries, factors, query_positions, largest, total, mean, keys, values, page_table, page_rows, length,
-            HEAD_SIZE, VALUE_SIZE, BLOCK_HEAD, BLOCK_VALUE, PAGE, BLOCK_KEYS, OPERAND, MASKED=True,
+            HEAD_SIZE, VALUE_SIZE, BLOCK_HEAD, BLOCK_VALUE, PAGE, BLOCK_KEYS, EXACT, MASKED=True,
         )  # fmt: skip
 
     if PARTIAL:
@@ -218,23 +232,26 @@ def combine_kernel(
 def _wanted_programs(device: torch.device) -> int:
     """Programs that keep the device busy: two a multiprocessor, so that one computes while the other waits."""
     if device.type == "cpu":  # Triton's interpreter: enough to split a context
-        return 8
+        return 4
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _tile(block_head: int, group: int, page: int, single: bool, precision: str) -> dict[str, int]:
+def _tile(block_head: int, key_bytes: int, group: int, single: bool, precision: str) -> dict[str, int]:
     """Rows, keys, warps and pipeline stages of one program, such that registers and shared memory suffice.
 
-    A float32 tile takes no tensor core: every thread holds whole rows of its operands, so the tile is small.
+    Without tensor cores (float32 operands) every thread holds whole rows of its operands: a small tile of many threads.
     """
-    wide = block_head > 128
-    if precision == "exact":
-        rows, keys, warps, stages = 16, 32 if wide else 64, 4, 1 if torch.version.hip else 2
+    fewest_rows = max(16, min(triton.next_power_of_2(group), 64))
+    keys = max(16, min(64, 16384 // key_bytes))  # a tile of 16 KiB
+    if triton.knobs.runtime.interpret:  # it runs one program after another at a high price each
+        rows, keys, warps, stages = fewest_rows if single else 128, 32, 1, 1
+    elif precision == "exact":
+        rows, keys, warps, stages = 16, 16, 8, 2
     elif single:
-        rows, keys, warps, stages = max(16, min(triton.next_power_of_2(group), 64)), 32 if wide else 64, 4, 3
+        rows, warps, stages = fewest_rows, 4, 3
     else:
-        rows, keys, warps, stages = 64 if wide else 128, 32 if wide else 64, 8, 2
-    return {"BLOCK_ROWS": rows, "BLOCK_KEYS": min(keys, page), "num_warps": warps, "num_stages": stages}
+        rows, warps, stages = 64 if block_head > 128 else 128, 8, 2
+    return {"BLOCK_ROWS": rows, "BLOCK_KEYS": keys, "num_warps": warps, "num_stages": stages}
 
 
 def attention(
@@ -264,7 +281,9 @@ def attention(
     output = torch.empty((tokens, heads, value_size), dtype=torch.float32, device=q.device)
 
     def launch(single: bool) -> None:
-        tile = _tile(max(block_head, block_value), group, page, single, precision)
+        widest = max(block_head, block_value)
+        tile = _tile(widest, widest * key_cache.itemsize, group, single, precision)
+        tile["BLOCK_KEYS"] = min(tile["BLOCK_KEYS"], page)
         tiles = triton.cdiv(group * (1 if single else max_query), tile["BLOCK_ROWS"])
         splits = 1
         if single:
@@ -295,7 +314,7 @@ def attention(
             BLOCK_HEAD=block_head,
             BLOCK_VALUE=block_value,
             PAGE=page,
-            OPERAND=tl.float32 if precision == "exact" else tl.float16,
+            EXACT=precision == "exact",
             SINGLE=single,
             PARTIAL=splits > 1,
             **tile,

@@ -1,0 +1,297 @@
+"""Norms, rotary embedding, attention and activations: both backends against float64 NumPy and against each other."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from support import relative_error
+
+from trichord.dispatch import Operations, operations
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend's operations and where its tensors live."""
+
+    operations: Operations
+    device: str
+
+
+TRITON = Backend(operations("planes"), "cuda" if torch.cuda.is_available() else "cpu")
+CPU = Backend(operations("blocks"), "cpu")
+both = pytest.mark.parametrize("backend", [pytest.param(TRITON, id="triton"), pytest.param(CPU, id="cpu")])
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
+
+
+def on(backend: Backend, array: np.ndarray) -> torch.Tensor:
+    """A copy on the backend's device."""
+    return torch.from_numpy(array.copy()).to(backend.device)
+
+
+# Norm
+
+
+def rms_norm_oracle(x: np.ndarray, gain: np.ndarray, epsilon: float) -> np.ndarray:
+    x = x.astype(np.float64)
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + epsilon) * gain
+
+
+@both
+@pytest.mark.parametrize("tokens, width", [(1, 64), (3, 100), (2, 2048), (1, 16384 + 72), (9, 7)])
+@pytest.mark.parametrize("added", [False, True])
+def test_rms_norm(backend, tokens, width, added):
+    residual, delta = 30 * normal(tokens, width), normal(tokens, width, seed=1)
+    gain = normal(width, seed=2)
+    expected_residual = residual + delta if added else residual
+    x = on(backend, residual)
+    y = backend.operations.rms_norm(x, on(backend, gain), 1e-5, on(backend, delta) if added else None)
+    assert y.shape == (tokens, width) and y.dtype == torch.float32
+    np.testing.assert_array_equal(x.cpu(), expected_residual)
+    assert relative_error(y.cpu(), rms_norm_oracle(expected_residual, gain, 1e-5)) < 1e-6
+
+
+@both
+def test_rms_norm_adds_epsilon_inside_the_root(backend):
+    x = np.array([[3e-3, 4e-3]], np.float32)
+    y = backend.operations.rms_norm(on(backend, x), on(backend, np.ones(2, np.float32)), 1e-5)
+    np.testing.assert_allclose(y.cpu(), x / np.sqrt(12.5e-6 + 1e-5), rtol=1e-6)
+
+
+@both
+def test_rms_norm_takes_a_delta_whose_rows_are_strided(backend):
+    wide = on(backend, normal(3, 80, seed=1))
+    x = on(backend, normal(3, 40))
+    y = backend.operations.rms_norm(x.clone(), on(backend, np.ones(40, np.float32)), 1e-5, wide[:, 40:])
+    expected = rms_norm_oracle((x + wide[:, 40:]).cpu().numpy(), np.ones(40), 1e-5)
+    assert relative_error(y.cpu(), expected) < 1e-6
+
+
+# Activation
+
+
+@both
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # NumPy's, under Triton's interpreter
+@pytest.mark.parametrize("tokens, width", [(1, 1), (2, 1000), (3, 1025)])
+def test_swiglu(backend, tokens, width):
+    fused = 8 * normal(tokens, 2 * width)
+    fused[0, 0] = -200.0  # exp(200) overflows: the answer is 0, not NaN
+    product = on(backend, fused)
+    y = backend.operations.swiglu(product[:, :width], product[:, width:])
+    gate, up = np.split(fused.astype(np.float64), 2, axis=1)
+    assert y.shape == (tokens, width) and y.is_contiguous()
+    np.testing.assert_allclose(y.cpu(), gate / (1 + np.exp(-gate)) * up, rtol=2e-6, atol=1e-30)
+
+
+# Rotary embedding and the cache
+
+
+@both
+@pytest.mark.parametrize("interleaved, pairs", [(True, [(0, 1), (2, 3)]), (False, [(0, 2), (1, 3)])])
+def test_rotary_by_hand(backend, interleaved, pairs):
+    """A quarter turn and a half turn of (1, 2, 3, 4, 5), of which the first four elements rotate."""
+    cos, sin = on(backend, np.array([[0.0, -1.0]], np.float32)), on(backend, np.array([[1.0, 0.0]], np.float32))
+    head = np.array([[[1.0, 2.0, 3.0, 4.0, 5.0]]], np.float32)
+    expected = head[0, 0].copy()
+    (a, b), (c, d) = pairs
+    expected[[a, b]] = -head[0, 0, b], head[0, 0, a]
+    expected[[c, d]] = -head[0, 0, c], -head[0, 0, d]
+    q, k, v = (on(backend, head) for _ in range(3))
+    keys, values = (torch.zeros(2, 1, 16, 5, device=backend.device) for _ in range(2))
+    slots = torch.tensor([16 + 3], device=backend.device)
+    backend.operations.rotary_and_cache(q, k, v, cos, sin, keys, values, slots, interleaved)
+    np.testing.assert_allclose(q.cpu()[0, 0], expected, atol=1e-6)
+    np.testing.assert_allclose(keys.cpu()[1, 0, 3], expected, atol=1e-6)
+    np.testing.assert_array_equal(values.cpu()[1, 0, 3], head[0, 0])
+    assert keys.count_nonzero() == values.count_nonzero() == 5
+
+
+@both
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "heads, kv_heads, size, value_size, rotated, page",
+    [(9, 3, 40, 24, 40, 16), (8, 8, 80, 80, 32, 64), (1, 1, 6, 8, 2, 16)],
+)
+def test_rotary_and_cache(backend, interleaved, dtype, heads, kv_heads, size, value_size, rotated, page):
+    tokens, pages = 5, 4
+    widths = np.cumsum([0, heads * size, kv_heads * size, kv_heads * value_size])
+    fused = normal(tokens, widths[-1])
+    angles = 7 * normal(tokens, rotated // 2)
+    slots = np.random.default_rng(1).permutation(pages * page)[:tokens]
+    product = on(backend, fused)
+    q, k, v = (
+        product[:, a:b].unflatten(1, (count, -1))
+        for (a, b), count in zip(itertools.pairwise(widths), (heads, kv_heads, kv_heads), strict=True)
+    )
+    keys = torch.full((pages, kv_heads, page, size), -77.0, dtype=dtype, device=backend.device)
+    values = torch.full((pages, kv_heads, page, value_size), -77.0, dtype=dtype, device=backend.device)
+    cos, sin = on(backend, np.cos(angles)), on(backend, np.sin(angles))
+    backend.operations.rotary_and_cache(q, k, v, cos, sin, keys, values, on(backend, slots), interleaved)
+
+    def turned(x: np.ndarray) -> np.ndarray:
+        x = x.astype(np.float64)
+        left = slice(0, rotated, 2) if interleaved else slice(0, rotated // 2)
+        right = slice(1, rotated, 2) if interleaved else slice(rotated // 2, rotated)
+        z = (x[..., left] + 1j * x[..., right]) * np.exp(1j * angles.astype(np.float64))[:, None]
+        x[..., left], x[..., right] = z.real, z.imag
+        return x
+
+    head_q, head_k, head_v = (
+        part.reshape(tokens, count, -1)
+        for part, count in zip(np.split(fused, widths[1:-1], axis=1), (heads, kv_heads, kv_heads), strict=True)
+    )
+    np.testing.assert_allclose(q.cpu(), turned(head_q), atol=2e-6)
+    tolerance = 2e-6 if dtype == torch.float32 else 2e-3
+    expected_keys, expected_values = np.full(keys.shape, -77.0), np.full(values.shape, -77.0)
+    expected_keys[slots // page, :, slots % page] = turned(head_k)
+    expected_values[slots // page, :, slots % page] = head_v
+    np.testing.assert_allclose(keys.cpu().double(), expected_keys, atol=tolerance)
+    np.testing.assert_allclose(values.cpu().double(), expected_values, atol=tolerance)
+    np.testing.assert_array_equal(v.cpu(), head_v)
+
+
+# Attention
+
+
+@dataclass(frozen=True)
+class Case:
+    """A ragged batch: (tokens, context) of each sequence, and the shape of heads and cache."""
+
+    sequences: tuple[tuple[int, int], ...]
+    heads: int
+    kv_heads: int
+    size: int
+    value_size: int
+    page: int
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        runs = ",".join(f"{tokens}of{context}" for tokens, context in self.sequences)
+        kind = str(self.dtype).rpartition(".")[2]
+        return f"{runs}-h{self.heads}g{self.kv_heads}-d{self.size}v{self.value_size}-page{self.page}-{kind}"
+
+
+CASES = [
+    Case(((1, 1),), 1, 1, 64, 64, 16),
+    Case(((1, 130), (1, 2), (1, 15)), 4, 1, 64, 64, 16, torch.float16),
+    Case(((1, 65), (1, 64)), 7, 1, 40, 24, 64),
+    Case(((1, 63),), 8, 8, 80, 80, 64, torch.float16),
+    Case(((16, 16),), 2, 2, 64, 64, 16),
+    Case(((17, 17), (1, 16), (2, 63)), 4, 1, 96, 96, 16, torch.float16),
+    Case(((65, 65), (1, 130)), 7, 1, 40, 56, 64),
+    Case(((15, 130), (1, 1), (1, 64)), 8, 2, 128, 64, 64, torch.float16),
+    Case(((130, 130),), 2, 1, 64, 64, 64, torch.float16),
+    Case(((3, 20), (0, 7), (1, 33)), 2, 1, 192, 128, 16),
+]
+
+
+def attention_inputs(case: Case, backend: Backend):
+    """q as a slice of a fused product, caches whose unused positions are NaN, shuffled pages, junk in the tables."""
+    generator = np.random.default_rng(5)
+    starts = np.cumsum([0, *(tokens for tokens, _ in case.sequences)])
+    counts = [-(-context // case.page) for _, context in case.sequences]
+    order = generator.permutation(sum(counts) + 3)
+    tables = np.full((len(counts), max(counts) + 1), 2**30, np.int32)
+    keys = np.full((len(order), case.kv_heads, case.page, case.size), np.nan, np.float32)
+    values = np.full((len(order), case.kv_heads, case.page, case.value_size), np.nan, np.float32)
+    contexts = []
+    for row, (_, context), count in zip(tables, case.sequences, counts, strict=True):
+        row[:count], order = order[:count], order[count:]
+        key = generator.standard_normal((context, case.kv_heads, case.size)).astype(np.float16)
+        value = generator.standard_normal((context, case.kv_heads, case.value_size)).astype(np.float16)
+        position = np.arange(context)
+        keys[row[position // case.page], :, position % case.page] = key
+        values[row[position // case.page], :, position % case.page] = value
+        contexts.append((key.astype(np.float64), value.astype(np.float64)))
+    fused = generator.standard_normal((starts[-1], case.heads * case.size + 8)).astype(np.float32)
+    q = fused[:, : case.heads * case.size].reshape(-1, case.heads, case.size)
+    arguments = (
+        on(backend, fused)[:, : case.heads * case.size].unflatten(1, (case.heads, case.size)),
+        on(backend, keys).to(case.dtype),
+        on(backend, values).to(case.dtype),
+        on(backend, tables),
+        on(backend, starts.astype(np.int32)),
+        on(backend, np.array([context for _, context in case.sequences], np.int32)),
+        max(tokens for tokens, _ in case.sequences),
+        1.7 / case.size**0.5,
+    )
+    return arguments, q.astype(np.float64), contexts, starts
+
+
+def attention_oracle(case: Case, q: np.ndarray, contexts: list, starts: np.ndarray) -> np.ndarray:
+    """Softmax attention one sequence and head at a time."""
+    expected = np.empty((len(q), case.heads, case.value_size))
+    for (key, value), (tokens, context), start in zip(contexts, case.sequences, starts, strict=False):
+        hidden = np.arange(context) > np.arange(context - tokens, context)[:, None]
+        for head in range(case.heads):
+            kv_head = head // (case.heads // case.kv_heads)
+            scores = q[start : start + tokens, head] @ key[:, kv_head].T * (1.7 / case.size**0.5)
+            weights = np.exp(np.where(hidden, -np.inf, scores))
+            expected[start : start + tokens, head] = weights @ value[:, kv_head] / weights.sum(1, keepdims=True)
+    return expected
+
+
+@both
+@pytest.mark.parametrize("precision", ["exact", "default"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention(backend, case, precision):
+    arguments, q, contexts, starts = attention_inputs(case, backend)
+    y = backend.operations.attention(*arguments, precision)
+    assert y.shape == (starts[-1], case.heads, case.value_size) and y.dtype == torch.float32
+    error = relative_error(y.cpu(), attention_oracle(case, q, contexts, starts))
+    assert error < (1e-6 if precision == "exact" or backend is CPU else 1e-3)
+
+
+@both
+@pytest.mark.parametrize("magnitude", [2.0**20, 2.0**-20])
+def test_attention_to_queries_beyond_the_range_of_half_precision(backend, magnitude):
+    case = Case(((1, 40), (9, 9)), 2, 1, 64, 64, 16, torch.float16)
+    (q, *cache, max_query, scale), oracle_q, contexts, starts = attention_inputs(case, backend)
+    y = backend.operations.attention(q * magnitude, *cache, max_query, scale / magnitude, "default")
+    assert relative_error(y.cpu(), attention_oracle(case, oracle_q, contexts, starts)) < 1e-3
+
+
+@both
+def test_attention_leaves_its_arguments_alone(backend):
+    arguments, *_ = attention_inputs(CASES[1], backend)
+    before = [argument.clone() for argument in arguments[:6]]
+    backend.operations.attention(*arguments, "default")
+    for argument, copy in zip(arguments, before, strict=False):
+        torch.testing.assert_close(argument, copy, rtol=0, atol=0, equal_nan=True)
+
+
+# Backend against backend
+
+
+def test_backends_agree_on_a_layer():
+    """Norm, rotary embedding, cache write, attention and activation of a mixed batch, one after the other."""
+    page, heads, kv_heads, size = 16, 6, 2, 64  # a sequence with 1 new token of 21, and one of 18
+    tokens, widths = 19, [heads * size, kv_heads * size, kv_heads * size]
+    x, delta, gain = normal(tokens, sum(widths)), normal(tokens, sum(widths), seed=1), normal(sum(widths), seed=2)
+    angles, history = normal(tokens, size // 2, seed=3), normal(5, kv_heads, page, size, seed=4)
+    tables = np.array([[3, 0], [4, 1]], np.int32)
+    slots = np.array([0 * page + 4, *range(4 * page, 5 * page), 1 * page, 1 * page + 1])
+
+    def layer(backend: Backend) -> list[torch.Tensor]:
+        residual = on(backend, x)
+        normed = backend.operations.rms_norm(residual, on(backend, gain), 1e-6, on(backend, delta))
+        q, k, v = (part.unflatten(1, (-1, size)) for part in normed.split(widths, dim=1))
+        keys, values = (on(backend, history) for _ in range(2))
+        turn = on(backend, np.cos(angles)), on(backend, np.sin(angles))
+        backend.operations.rotary_and_cache(q, k, v, *turn, keys, values, on(backend, slots), False)
+        starts, lengths = (on(backend, np.array(numbers, np.int32)) for numbers in ([0, 1, 19], [21, 18]))
+        attended = backend.operations.attention(
+            q, keys, values, on(backend, tables), starts, lengths, 18, size**-0.5, "exact"
+        )
+        gated = backend.operations.swiglu(*attended.flatten(1).chunk(2, dim=1))
+        return [tensor.cpu() for tensor in (residual, normed, keys, values, attended, gated)]
+
+    for ours, theirs in zip(layer(TRITON), layer(CPU), strict=True):
+        assert relative_error(ours, theirs) < 2e-6

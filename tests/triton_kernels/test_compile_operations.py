@@ -1,0 +1,101 @@
+"""Norm, rotary embedding, attention and activation compiled for GPUs: what only the machine code shows.
+
+The child process of `compile_launches` imports this file for `launches`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from trichord import triton_kernels
+
+TOKENS, HEADS, KV_HEADS, PAGE = 3, 8, 2, 64
+
+
+def attention(size: int, precision: str) -> Callable[[], object]:
+    """A prompt's chunk and a single token whose context is split: every kernel of attention."""
+    q = torch.zeros((TOKENS, HEADS, size))
+    cache = torch.zeros((4, KV_HEADS, PAGE, size), dtype=torch.float32 if precision == "exact" else torch.float16)
+    tables = torch.zeros((1, 4), dtype=torch.int32)
+    starts, lengths = torch.zeros(2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+
+    def call() -> None:
+        for max_query in (TOKENS, 1):
+            triton_kernels.attention(q, cache, cache, tables, starts, lengths, max_query, 1.0, precision)
+
+    return call
+
+
+def rotary(interleaved: bool) -> Callable[[], object]:
+    """Partly rotated heads, slices of one product."""
+    q, k, v = torch.zeros((TOKENS, HEADS + 2 * KV_HEADS, 80)).split([HEADS, KV_HEADS, KV_HEADS], dim=1)
+    angles, cache = torch.zeros((TOKENS, 16)), torch.zeros((4, KV_HEADS, PAGE, 80), dtype=torch.float16)
+    slots = torch.zeros(TOKENS, dtype=torch.int64)
+    return lambda: triton_kernels.rotary_and_cache(q, k, v, angles, angles, cache, cache, slots, interleaved)
+
+
+def launches(target: str) -> dict[str, Callable[[], object]]:
+    """Every call to compile, by name."""
+    x, wide = torch.zeros((TOKENS, 4096)), torch.zeros((TOKENS, 20480))
+    calls = {
+        "norm": lambda: triton_kernels.rms_norm(x, x[0], 1e-5, x),
+        "wide norm": lambda: triton_kernels.rms_norm(wide, wide[0], 1e-5),
+        "swiglu": lambda: triton_kernels.swiglu(x, x),
+        "rotary": rotary(False),
+        "interleaved rotary": rotary(True),
+    }
+    for size in (128, 256) if target == "sm_90" else (256,):  # the widest asks for the most shared memory
+        calls[f"attention {size} default"] = attention(size, "default")
+    calls["attention 128 exact"] = attention(128, "exact")
+    return calls
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """kernels[target][call] -> the compiled kernels of the call; of attention's: prompt, single token, combination."""
+    from compile_launches import compile_launches
+
+    return compile_launches(os.path.abspath(__file__))
+
+
+def test_nothing_spills(kernels):
+    for target, calls in kernels.items():
+        assert not {call: kernel.name for call in calls for kernel in calls[call] if kernel.spills}, target
+
+
+def test_attention_launches_what_it_says(kernels):
+    for calls in kernels.values():
+        names = {call: [kernel.name for kernel in calls[call]] for call in calls if call.startswith("attention")}
+        assert set(map(tuple, names.values())) == {("attention_kernel", "attention_kernel", "combine_kernel")}
+
+
+@pytest.mark.parametrize("target, limit", [("sm_90", 227 * 1024), ("gfx942", 64 * 1024)])
+def test_shared_memory_suffices(kernels, target, limit):
+    assert max(kernel.shared for calls in kernels[target].values() for kernel in calls) <= limit
+
+
+def test_exact_attention_multiplies_in_float32(kernels):
+    for kernel in kernels["sm_90"]["attention 128 exact"]:
+        assert "tf32" not in kernel.asm and "mma" not in kernel.asm
+        assert "fma.rn.f32" in kernel.asm
+    for kernel in kernels["gfx942"]["attention 128 exact"]:
+        assert "xf32" not in kernel.asm and not re.search(r"v_mfma\w*f16", kernel.asm)
+
+
+def test_default_attention_runs_on_tensor_cores_in_half_precision(kernels):
+    for size in (128, 256):
+        prompt, single, _ = kernels["sm_90"][f"attention {size} default"]
+        assert set(re.findall(r"wgmma\.mma_async\S*\.(f32\.f16\.f16)", prompt.asm)) == {"f32.f16.f16"}
+        assert set(re.findall(r"mma\.sync\S*\.(\w+\.\w+\.\w+\.\w+) ", single.asm)) == {"f32.f16.f16.f32"}
+    for kernel in kernels["gfx942"]["attention 256 default"][:2]:
+        assert set(re.findall(r"v_mfma_f32_\d+x\d+x\d+_(\w+)", kernel.asm)) == {"f16"}
+
+
+def test_single_tokens_stream_the_cache_sixteen_bytes_a_thread(kernels):
+    _, single, _ = kernels["sm_90"]["attention 128 default"]
+    assert set(re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]+\], \[[^]]+\], (\w+)", single.asm)) >= {"0x10"}
