@@ -1,12 +1,14 @@
 """How each format's blocks become numbers: one decode function a format, written once for NumPy and for LLVM.
 
 A decode function gets a block and speaks to it in short vectors: loads (`block.u8(offset, count)`), bit operations and
-arithmetic on the result, and a few functions of the block (`signed`, `float`, `concat`, `interleave`). In `dequantize`
+arithmetic on the result, and a few functions of the block (`float`, `concat`, `interleave`). In `dequantize`
 a vector is a NumPy array of `count` columns with one row for every block at once; in `vectors` it is an LLVM vector of
 `count` lanes, and the same function emits machine code that stays in registers. A vector of one element stretches to
 its partner's count. Bytes wrap around as uint8 does.
 
-Layouts follow ggml's `block_*` structures (ggml-common.h). A weight is scale * quant - minimum, rounded in this order.
+Layouts follow ggml's `block_*` structures (ggml-common.h). A weight is scale * (quant - zero) - minimum, rounded in
+this order. Formats have either a zero or minimums: a zero is left to the caller, because sums of products need not
+subtract it from every quant.
 """
 
 from __future__ import annotations
@@ -27,11 +29,13 @@ class Decoded(NamedTuple):
     """One block's weights. Scales and minimums are spread evenly: one for each 16, 32 or more weights in turn."""
 
     quants: list[Vector]
-    """Vectors of 32: bytes, signed or not (then below 128), or the weights themselves as floats."""
+    """Vectors of 32: bytes, signed or not (then below 128), or the weights themselves as float32."""
     scales: Vector | None = None
     """float32; None where the quants are the weights."""
     minimums: Vector | None = None
     """float32, subtracted after scaling; as many as scales."""
+    zero: int = 0
+    """The quant that means 0; quants that have one are unsigned."""
 
 
 def _f32(block: Block) -> Decoded:
@@ -50,23 +54,21 @@ def _q1_0(block: Block) -> Decoded:
     quants = []
     for group in range(4):
         bits = block.u8(2 + 4 * group, 4)
-        bits = block.interleave(*((bits >> i) & 1 for i in range(8)))
-        quants.append(block.signed((bits << 1) - 1))
-    return Decoded(quants, block.f16(0))
+        quants.append(block.interleave(*(((bits >> i) & 1) << 1 for i in range(8))))
+    return Decoded(quants, block.f16(0), zero=1)
 
 
 def _q2_0(block: Block) -> Decoded:
     quants = []
     for group in range(2):
         pairs = block.u8(2 + 8 * group, 8)
-        pairs = block.interleave(*((pairs >> i) & 3 for i in (0, 2, 4, 6)))
-        quants.append(block.signed(pairs - 1))
-    return Decoded(quants, block.f16(0))
+        quants.append(block.interleave(*((pairs >> i) & 3 for i in (0, 2, 4, 6))))
+    return Decoded(quants, block.f16(0), zero=1)
 
 
 def _q4_0(block: Block) -> Decoded:
     q = block.u8(2, 16)
-    return Decoded([block.signed(block.concat(q & 15, q >> 4) - 8)], block.f16(0))
+    return Decoded([block.concat(q & 15, q >> 4)], block.f16(0), zero=8)
 
 
 def _q8_0(block: Block) -> Decoded:
@@ -107,8 +109,8 @@ def _q6_k(block: Block) -> Decoded:
         low, high = [block.u8(64 * half + i, 32) for i in (0, 32)], block.u8(128 + 32 * half, 32)
         for i in range(4):
             nibble = low[i % 2] & 15 if i < 2 else low[i % 2] >> 4
-            quants.append(block.signed((nibble | (((high >> (2 * i)) & 3) << 4)) - 32))
-    return Decoded(quants, block.f16(208) * block.float(block.i8(192, 16)))
+            quants.append(nibble | (((high >> (2 * i)) & 3) << 4))
+    return Decoded(quants, block.f16(208) * block.float(block.i8(192, 16)), zero=32)
 
 
 def _q8_k(block: Block) -> Decoded:

@@ -51,10 +51,6 @@ class NumpyBlock:
         """float32 numbers."""
         return self._load(offset, count, "<f4").astype(np.float32, copy=False)
 
-    def signed(self, vector: np.ndarray) -> np.ndarray:
-        """The same bytes read as signed."""
-        return vector.view(np.int8)
-
     def float(self, vector: np.ndarray) -> np.ndarray:
         """The same numbers as float32."""
         return vector.astype(np.float32)
@@ -109,8 +105,11 @@ def _decode_rows(rows: np.ndarray, format: WeightFormat) -> np.ndarray:
 
 
 def _decode_blocks(blocks: np.ndarray, format: WeightFormat) -> np.ndarray:
-    quants, scales, minimums = DECODERS[format](NumpyBlock(blocks))
-    values = np.concatenate(quants, axis=1).astype(np.float32, copy=False)
+    quants, scales, minimums, zero = DECODERS[format](NumpyBlock(blocks))
+    values = np.concatenate(quants, axis=1)
+    if zero:
+        values = (values - zero).view(np.int8)
+    values = values.astype(np.float32, copy=False)
     if scales is None:
         return values
     spread = values.reshape(len(blocks), scales.shape[1], -1) * scales[:, :, None]

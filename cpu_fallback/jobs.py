@@ -29,7 +29,8 @@ FIELDS = (
     "tokens",  # rows of activations
     "x",  # address of the activations, each row padded to whole groups of 32
     "x_scales",  # address of float32: one scale for each group of 32 activations
-    "x_sums",  # address of float32: the sums of 16 activations each, scaled
+    "x_sums",  # address of float32: the sum of each group
+    "x_half_sums",  # address of float32: the sum of each half of a group
 )
 
 

@@ -71,7 +71,7 @@ def matmul(x: torch.Tensor, weights: Sequence[Weight], precision: str) -> list[t
             _multiply_tiles(x, weight, y)
             continue
         if used not in activations:
-            activations[used] = prepare(x.numpy(), used)
+            activations[used] = prepare(x, used)
         jobs += _dot_jobs(weight, used, activations[used], y)
     _run(jobs)
     return results
@@ -111,9 +111,10 @@ def _dot_jobs(weight: Weight, precision: str, activations: Activations, y: torch
             yield _row_job(weight.data, weight.in_features, y[done:]) | {
                 "kernel": dot_kernel(weight.format, precision, step),
                 "tokens": count,
-                "x": activations.x[done:].ctypes.data,
-                "x_scales": activations.scales[done:].ctypes.data,
-                "x_sums": activations.sums[done:].ctypes.data,
+                "x": activations.x[done:].data_ptr(),
+                "x_scales": activations.scales[done:].data_ptr(),
+                "x_sums": activations.sums[done:].data_ptr(),
+                "x_half_sums": activations.half_sums[done:].data_ptr(),
             }
         done += count
 

@@ -121,7 +121,7 @@ class _Rows:
             None if parts[0] is None else self.emitter.concat(*parts)
             for parts in ([block[field] for block in blocks] for field in (1, 2))
         )
-        return Decoded(quants, scales, minimums)
+        return Decoded(quants, scales, minimums, blocks[0].zero)
 
     def _rest(self, start: ir.Value, position: ir.Value, itemsize: int) -> None:
         """The weights of a row after its whole groups: decoded from a copy padded with zeros, to stay inside."""
@@ -143,9 +143,16 @@ class _Rows:
         return self.emitter.move(self.emitter.move(base, self.builder.mul(index, I64(itemsize))), extra * itemsize)
 
 
+def without_zero(decoded: Decoded) -> Decoded:
+    """The same weights by signed quants around 0."""
+    if not decoded.zero:
+        return decoded
+    return decoded._replace(quants=[(quant - decoded.zero).as_signed() for quant in decoded.quants], zero=0)
+
+
 class _Dequantize(_Rows):
     def block(self, decoded: Decoded, position: ir.Value) -> None:
-        emitter, (quants, scales, minimums) = self.emitter, decoded
+        emitter, (quants, scales, minimums, _) = self.emitter, without_zero(decoded)
         base = self.at(self.pointer("y"), self.builder.mul(self.row, self.job["y_stride"]), 4)
         for i in range(4 * len(quants)):
             values = quants[i // 4].lanes(range(i % 4 * 8, i % 4 * 8 + 8)).float()
@@ -186,8 +193,10 @@ class _Dot(_Rows):
             self.emitter.store(total, self.at(self.pointer("y"), index, 4))
 
     def block(self, decoded: Decoded, position: ir.Value) -> None:
-        quants, scales, minimums = decoded
+        quants, scales, minimums, zero = without_zero(decoded) if self.itemsize == 4 else decoded
         self.groups = len(quants)
+        if zero:
+            minimums = scales * float(zero)
         places = [self.builder.add(start, position) for start in self.starts]
         factors = [self._factors(scales, place) for place in places]
         for token, place in enumerate(places):
@@ -216,10 +225,10 @@ class _Dot(_Rows):
         return scales * of_x.lanes([i * self.groups // count for i in range(count)])
 
     def _subtract_minimums(self, token: int, minimums: Vector, place: ir.Value) -> None:
-        half_group = self.builder.lshr(place, I64(4))
-        sums = self.emitter.load(self.at(self.pointer("x_sums"), half_group, 4), F32, 2 * self.groups)
-        if minimums.count <= self.groups:
-            sums = sums.lanes(range(0, sums.count, 2)) + sums.lanes(range(1, sums.count, 2))
+        halves = minimums.count > self.groups
+        index = self.builder.lshr(place, I64(4 if halves else 5))
+        base = self.pointer("x_half_sums" if halves else "x_sums")
+        sums = self.emitter.load(self.at(base, index, 4), F32, (1 + halves) * self.groups)
         minimums = minimums.lanes([i * minimums.count // sums.count for i in range(sums.count)]) * -1.0
         for i in range(0, sums.count, 8):
             parts = (v.lanes(range(i, i + 8)) if v.count >= 8 else self._padded(v) for v in (minimums, sums))

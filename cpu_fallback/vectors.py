@@ -26,6 +26,7 @@ class Vector:
 
     def __init__(self, emitter: Emitter, value: ir.Value, signed: bool = False) -> None:
         self.emitter, self.value, self.signed = emitter, value, signed
+        self.halves: Vector | None = None  # the 16-bit floats it came from
 
     @property
     def count(self) -> int:
@@ -43,6 +44,8 @@ class Vector:
 
     def lanes(self, numbers: Sequence[int], other: Vector | None = None) -> Vector:
         """The lanes asked for, numbered through self and then `other` (of the same count)."""
+        if len(numbers) == 1 and self.count == 1:
+            return self
         first, second = (self.emitter.as_vector(v.value) if v else None for v in (self, other))
         second = second or ir.Constant(first.type, ir.Undefined)
         mask = ir.Constant(ir.VectorType(I32, len(numbers)), list(numbers))
@@ -61,6 +64,10 @@ class Vector:
         """Integers in wider lanes."""
         extend = self.emitter.builder.sext if self.signed else self.emitter.builder.zext
         return self.make(extend(self.value, _type(element, self.count)))
+
+    def as_signed(self) -> Vector:
+        """The same bits read as signed integers."""
+        return self.make(self.value, signed=True)
 
     def float(self) -> Vector:
         """Integers as float32; float32 as it is."""
@@ -164,6 +171,8 @@ class Emitter:
         """One after the other: 1, 2, 4, 8 ... vectors of one count."""
         if len(vectors) == 1:
             return vectors[0]
+        if all(vector.halves for vector in vectors):
+            return self.from_half(self.concat(*(vector.halves for vector in vectors)))  # converted in one go
         half = len(vectors) // 2
         first, second = self.concat(*vectors[:half]), self.concat(*vectors[half:])
         return first.lanes(range(2 * first.count), second)
@@ -182,8 +191,9 @@ class Emitter:
     def from_half(self, halves: Vector) -> Vector:
         """16-bit IEEE halves (as integers) -> float32."""
         if self._native_half:
-            floats = halves.bitcast(F16).value
-            return halves.make(self.builder.fpext(floats, _type(F32, halves.count)))
+            number = halves.make(self.builder.fpext(halves.bitcast(F16).value, _type(F32, halves.count)))
+            number.halves = halves
+            return number
         # The exponent's bias is 112 less. Infinity and NaN keep their full exponent: 31 << 23 becomes 255 << 23.
         bits = halves.integer(I32)
         magnitude = (bits & 0x7FFF) << 13
@@ -197,7 +207,7 @@ class Emitter:
         """16 signed words each -> 8 sums of 2 products; lanes 0 to 3 come from words 0 to 7, the rest from 8 to 15."""
         if self.avx2:
             return Vector(self, self.call("llvm.x86.avx2.pmadd.wd", _type(I32, 8), a.value, b.value), signed=True)
-        a, b = (Vector(self, v.value, signed=True).integer(I32) for v in (a, b))
+        a, b = (words.as_signed().integer(I32) for words in (a, b))
         products = a * b
         return products.lanes([0, 1, 2, 3, 8, 9, 10, 11]) + products.lanes([4, 5, 6, 7, 12, 13, 14, 15])
 
@@ -248,10 +258,6 @@ class LlvmBlock:
     def f32(self, offset: int, count: int = 1) -> Vector:
         """float32 numbers."""
         return self._load(offset, F32, count)
-
-    def signed(self, vector: Vector) -> Vector:
-        """The same bytes read as signed."""
-        return vector.make(vector.value, signed=True)
 
     def float(self, vector: Vector) -> Vector:
         """The same numbers as float32."""
