@@ -134,10 +134,11 @@ def _compare(model: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _rounds(runs: int) -> Iterator[tuple[int, list[str]]]:
+def _rounds(what: str, runs: int) -> Iterator[tuple[int, list[str]]]:
     """The number of each round from 1, and its order of engines, in which both of ours are neighbours of llama.cpp."""
     order = [PRECISIONS[0], PEER, PRECISIONS[1]]
     for number in range(1, runs + 1):
+        print(f"{what}: round {number} of {runs}", file=sys.stderr)
         yield number, order
         order = order[::-1]
 
@@ -146,7 +147,7 @@ def _measure_speed(engines: dict[str, Engine], figures: Figures, options: argpar
     for engine in engines.values():  # kernels compile, pages of the file are read
         engine.prompt(options.prompt, seed=0)
         engine.generate(2, seed=0)
-    for seed, order in _rounds(options.runs):
+    for seed, order in _rounds("speed", options.runs):
         for name in order:
             seconds = engines[name].prompt(options.prompt, seed)
             figures[f"pp{options.prompt}, tokens/s"][name].append(options.prompt / seconds)
@@ -172,7 +173,7 @@ def _measure_errors(engines: dict[str, Engine], start_exact: Callable[[], Engine
 
 def _measure_start(starts: dict[str, Callable[[], Engine]], figures: Figures, runs: int) -> None:
     """Loading in a fresh process, its packages imported, and computing one token; kernels lie compiled on disk."""
-    for _, order in _rounds(runs):
+    for _, order in _rounds("start", runs):
         for name in order:
             with closing(starts[name]()) as engine:
                 first = engine.prompt(1, seed=0)
