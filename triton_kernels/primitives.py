@@ -39,6 +39,54 @@ def half_dot(a, b, accumulator):
         return tl.dot(a, b, accumulator)
 
 
+@triton.constexpr_function
+def _look_up_assembly() -> str:
+    """PTX for `look_up`, "" for other targets.
+
+    `prmt` takes four bytes of the eight in two words, each by three bits of a selector's nibble, whose fourth bit must
+    be zero. So two of them look up the lower and the upper half of the table, and a third takes from the one or the
+    other by the codes' fourth bits. That serves four nibbles; the last two instructions put the bytes in order.
+    """
+    target = None if _interpreted() else current_target()
+    if target is None or target.backend != "cuda":
+        return ""
+    return """{
+        .reg .b32 i, s, a, b, c, d;
+        and.b32 i, $2, 0x77777777; and.b32 s, $2, 0x88888888; shr.u32 s, s, 1; or.b32 s, s, 0x32103210;
+        prmt.b32 a, $3, $4, i; prmt.b32 b, $5, $6, i; prmt.b32 c, a, b, s;
+        shr.u32 i, i, 16; shr.u32 s, s, 16;
+        prmt.b32 a, $3, $4, i; prmt.b32 b, $5, $6, i; prmt.b32 d, a, b, s;
+        prmt.b32 $0, c, d, 0x6420; prmt.b32 $1, c, d, 0x7531;
+    }"""
+
+
+@triton.jit
+def look_up(codes, TABLE: tl.constexpr):
+    """The bytes of TABLE (16 in four words) that the low and the high nibbles of each byte of int32 codes index."""
+    ASSEMBLY: tl.constexpr = _look_up_assembly()
+    if ASSEMBLY == "":
+        return _look_up_nibbles(codes, TABLE), _look_up_nibbles(codes >> 4, TABLE)
+    else:
+        return tl.inline_asm_elementwise(
+            ASSEMBLY,
+            "=r,=r,r,r,r,r,r",
+            [codes, TABLE[0], TABLE[1], TABLE[2], TABLE[3]],
+            dtype=(tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def _look_up_nibbles(codes, TABLE: tl.constexpr):
+    bytes = codes & 0
+    for index in tl.static_range(4):
+        code = (codes >> (8 * index)) & 15
+        word = tl.where(code < 8, tl.where(code < 4, TABLE[0], TABLE[1]), tl.where(code < 12, TABLE[2], TABLE[3]))
+        bytes |= ((word >> (8 * (code & 3))) & 255) << (8 * index)
+    return bytes
+
+
 @triton.jit
 def byte(word, INDEX: tl.constexpr):
     """Signed byte INDEX of each int32 word."""
