@@ -30,6 +30,8 @@ def attention(
     (S, max_pages) int32). Query head h reads key head h // (H / G). The elements of a head of q must be adjacent.
     Every precision computes in float32.
     """
+    if value_cache.shape[2] % 16:
+        raise ValueError(f"a page must hold a multiple of 16 positions, not {value_cache.shape[2]}")
     output = torch.empty((*q.shape[:2], value_cache.shape[3]), dtype=torch.float32)
     if not have_numba():
         keys, values = key_cache.numpy(), value_cache.numpy()

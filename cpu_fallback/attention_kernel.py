@@ -21,8 +21,8 @@ from numba.extending import intrinsic
 
 from trichord.cpu_fallback.jit import compile_address, compiled, threads
 from trichord.cpu_fallback.jobs import FIELDS, run
-from trichord.cpu_fallback.native import exp, floats, from_half, halves, integers, pointer
-from trichord.cpu_fallback.vectors import F32, I8, I16, I64, Emitter, Vector
+from trichord.cpu_fallback.native import emitter_for, exp, floats, from_half, halves, integers, pointer
+from trichord.cpu_fallback.vectors import F32, I8, I16, I64, Vector
 
 TILE = 32
 """Rows of a task: its queries, scores and means, and a page of keys and values, together fit the second-level cache."""
@@ -30,8 +30,8 @@ TILE = 32
 ROWS, COLUMNS = 4, 16
 """A product's sums in registers: eight vectors of eight hide the latency of the multiply-add."""
 
+_X = FIELDS.index("x")  # where a job says what its kernel works on
 _ADDRESSES = "q", "key_cache", "value_cache", "page_tables", "query_starts", "context_lengths", "output", "states"
-_X = FIELDS.index("x")
 _GEOMETRY = "max_pages", "tiles", "group", "kv_heads", "size", "value_size", "page", "is_half", "splits", "rows"
 _STRIDES = "token_stride", "head_stride"
 PROBLEM = np.dtype(
@@ -44,17 +44,12 @@ each task leaves its state (see `_attend_tile`) at `states`, one after the other
 """
 
 
-def _emitter(context, builder) -> Emitter:  # type: ignore[no-untyped-def]
-    triple, _, features = context.codegen().magic_tuple()
-    return Emitter(builder, triple, features)
-
-
 @intrinsic
 def _add_products(typing_context, sums, sums_stride, factors, factors_stride, vectors, vectors_stride, count):  # type: ignore[no-untyped-def]
     """sums[:4, :16] += factors[:4, :count] @ vectors[:count, :16], at these addresses, with strides in bytes."""
 
     def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        emitter = _emitter(context, builder)
+        emitter = emitter_for(context, builder)
         sums, sums_stride, factors, factors_stride, vectors, vectors_stride, count = arguments
         sums, factors, vectors = (builder.inttoptr(a, I8.as_pointer()) for a in (sums, factors, vectors))
         parts = range(0, 4 * COLUMNS, 32)
@@ -99,7 +94,7 @@ def _transpose_block(element: ir.Type):  # type: ignore[no-untyped-def]
         """8 x 8 numbers at `source` as float32, transposed, to `target`; addresses, strides in bytes."""
 
         def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            emitter = _emitter(context, builder)
+            emitter = emitter_for(context, builder)
             target, target_stride, source, source_stride = arguments
             target, source = (builder.inttoptr(a, I8.as_pointer()) for a in (target, source))
             rows = [
@@ -189,13 +184,8 @@ def _soften(scores, count, largest):  # type: ignore[no-untyped-def]
 def _attend_tile(problem, task, state):  # type: ignore[no-untyped-def]
     """A task's rows over its pages. Row r of `state` becomes (sums of weighted values ..., maximum, sum of weights)."""
     sequence, kv_head, first_row, rows, first_token, first_position, first_page, last_page = task
-    group, size, value_size, page, is_half = (
-        problem.group,
-        problem.size,
-        problem.value_size,
-        problem.page,
-        problem.is_half,
-    )
+    group, size, value_size, page = problem.group, problem.size, problem.value_size, problem.page
+    is_half, scale = problem.is_half, problem.scale
     queries = np.zeros((state.shape[0], size), np.float32)
     scores = np.empty((state.shape[0], page), np.float32)
     keys = np.empty((size, page), np.float32)
@@ -204,7 +194,7 @@ def _attend_tile(problem, task, state):  # type: ignore[no-untyped-def]
         token, head = first_token + (first_row + row) // group, kv_head * group + (first_row + row) % group
         query = floats(problem.q + 4 * (token * problem.token_stride + head * problem.head_stride), size)
         for column in range(size):
-            queries[row, column] = query[column] * problem.scale
+            queries[row, column] = query[column] * scale
     maximum, total = state.shape[1] - 2, state.shape[1] - 1
     state.fill(0.0)
     for row in range(rows):
@@ -335,9 +325,8 @@ def attend(
     wanted = 2 * threads()
     splits = 1 if tasks >= wanted else min(max_pages, -(-wanted // max(tasks, 1)))
     rows = -(-min(max_query * group, TILE) // ROWS) * ROWS
-    states = np.empty(
-        0 if splits == 1 else tasks * splits * rows * (-(-value_size // COLUMNS) * COLUMNS + 2), np.float32
-    )
+    columns = -(-value_size // COLUMNS) * COLUMNS + 2
+    states = np.empty(0 if splits == 1 else tasks * splits * rows * columns, np.float32)
     tensors = q, key_cache, value_cache, page_tables, query_starts, context_lengths, output
     addresses = *(tensor.data_ptr() for tensor in tensors), states.ctypes.data
     geometry = max_pages, tiles, group, kv_heads, size, value_size, page, key_cache.itemsize == 2, splits, rows

@@ -14,6 +14,12 @@ from trichord.cpu_fallback.jit import compiled
 from trichord.cpu_fallback.vectors import Emitter, Vector
 
 
+def emitter_for(context, builder) -> Emitter:  # type: ignore[no-untyped-def]
+    """An emitter in an intrinsic's code, for the CPU that Numba compiles for."""
+    triple, _, features = context.codegen().magic_tuple()
+    return Emitter(builder, triple, features)
+
+
 @intrinsic
 def pointer(typing_context, address):  # type: ignore[no-untyped-def]
     """What `numba.carray` takes, from an address."""
@@ -53,8 +59,7 @@ def from_half(typing_context, bits):  # type: ignore[no-untyped-def]
     """The float32 value of float16 bits (uint16): one instruction for eight of them where the CPU has F16C."""
 
     def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        triple, _, features = context.codegen().magic_tuple()
-        emitter = Emitter(builder, triple, features)
+        emitter = emitter_for(context, builder)
         return emitter.from_half(Vector(emitter, arguments[0])).value
 
     return types.float32(types.uint16), emit

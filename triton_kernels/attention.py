@@ -275,6 +275,8 @@ def attention(
     """
     tokens, heads, head_size = q.shape
     _, kv_heads, page, value_size = value_cache.shape
+    if page < 16 or page & (page - 1):
+        raise ValueError(f"a page must hold a power of two of at least 16 positions, not {page}")
     sequences, max_pages = page_tables.shape
     group = heads // kv_heads
     block_head, block_value = (max(16, triton.next_power_of_2(size)) for size in (head_size, value_size))
