@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from trichord.triton_kernels.formats.floats import BF16, F16, F32, F64
 from trichord.triton_kernels.formats.format import Format, Plane
+from trichord.triton_kernels.formats.iq1_m import IQ1_M
+from trichord.triton_kernels.formats.iq1_s import IQ1_S
+from trichord.triton_kernels.formats.iq2_s import IQ2_S
+from trichord.triton_kernels.formats.iq2_xs import IQ2_XS
+from trichord.triton_kernels.formats.iq2_xxs import IQ2_XXS
+from trichord.triton_kernels.formats.iq3_s import IQ3_S
+from trichord.triton_kernels.formats.iq3_xxs import IQ3_XXS
 from trichord.triton_kernels.formats.iq4_nl import IQ4_NL
 from trichord.triton_kernels.formats.iq4_xs import IQ4_XS
 from trichord.triton_kernels.formats.mxfp4 import MXFP4
@@ -31,7 +38,7 @@ FORMATS: dict[WeightFormat, Format] = {
         *(F32, F16, BF16, F64),
         *(Q1_0, Q2_0, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0),
         *(Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, Q8_K),
-        *(IQ4_NL, IQ4_XS),
+        *(IQ1_S, IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S, IQ4_NL, IQ4_XS),
         *(MXFP4, NVFP4),
         *(TQ1_0, TQ2_0),
     )

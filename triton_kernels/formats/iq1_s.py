@@ -1,0 +1,59 @@
+"""IQ1_S: 256 weights; weight = d * (2 * scale + 1) * (grid entry + delta), the grid of -1, 0 and 1, delta 1/8 or -1/8.
+
+A block is d (half), the low bytes of 32 indices of a grid of 2048 octets, and 16 bits a group: four times 3 high bits
+of an index, 3 bits of scale and the sign of delta. The kernels multiply by integers: 8 * entry + 8 * delta is a byte
+8 * (entry + 1), from the codebook, plus 2 or 0 for delta, minus 9.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from trichord.triton_kernels.formats.fields import elements
+from trichord.triton_kernels.formats.format import Format, Plane
+from trichord.triton_kernels.formats.grid import grid, group_words, octet_words
+from trichord.weight_format import WeightFormat
+
+
+def ternary_words() -> np.ndarray:
+    """The grid of IQ1_S and IQ1_M, 8 * (entry + 1) in each byte, int32."""
+    return (8 * (grid("IQ1_S") + 1)).astype(np.int8).view(np.int32).reshape(-1)
+
+
+def _split(blocks: torch.Tensor) -> list[torch.Tensor]:
+    return [blocks[..., 2:34], blocks[..., 34:], blocks[..., :2]]
+
+
+def _join(indices: torch.Tensor, high: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return torch.cat([scales, indices, high], dim=-1)
+
+
+@triton.jit
+def _octets(codebook, indices, high, octet):
+    index = ((indices >> (octet * 8)) & 255) | ((high >> (octet * 3)) & 7) << 8
+    return group_words(octet_words(codebook, index)) | tl.where(high < 0, 0, 0x02020202)
+
+
+@triton.jit
+def _decode(planes, row, group, columns):
+    groups = columns // 32
+    indices = elements(planes[0], row, group, groups, 1, 1)
+    high = elements(planes[1], row, group, groups, 1, 1).to(tl.int32)
+    octet = tl.arange(0, 2)[None, None, :]
+    d = elements(planes[2], row, group, groups, 8, 1).to(tl.float32)
+    scale = d * (((high >> 12) & 7) * 2 + 1).to(tl.float32) * 0.125
+    return _octets(planes[3], indices, high, octet), _octets(planes[3], indices, high, octet + 2), scale, scale
+
+
+IQ1_S = Format(
+    weight_format=WeightFormat.IQ1_S,
+    planes=(Plane(torch.int32, 4, 32), Plane(torch.int16, 2, 32), Plane(torch.float16, 2, 256)),
+    split=_split,
+    join=_join,
+    decode=_decode,
+    zero=9,
+    codebook=ternary_words,
+)

@@ -1,0 +1,53 @@
+"""IQ2_XXS: 256 weights; weight = d * (scale + 0.5) / 4 * grid entry, with signs.
+
+A block is d (half), then for each group 4 indices of a grid of 256 octets and a word: four times 7 sign bits, the
+eighth making their number even, and 4 bits of scale.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from trichord.triton_kernels.formats.fields import elements
+from trichord.triton_kernels.formats.format import Format, Plane
+from trichord.triton_kernels.formats.grid import even_signs, grid_words, group_words, negate, octet_signs, octet_words
+from trichord.weight_format import WeightFormat
+
+
+def _split(blocks: torch.Tensor) -> list[torch.Tensor]:
+    return [blocks[..., 2:], blocks[..., :2]]
+
+
+def _join(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return torch.cat([scales, codes], dim=-1)
+
+
+@triton.jit
+def _octets(codebook, indices, packed, octet):
+    signs = octet_signs(even_signs(packed >> (octet * 7)))
+    return group_words(negate(octet_words(codebook, (indices >> (octet * 8)) & 255), signs))
+
+
+@triton.jit
+def _decode(planes, row, group, columns):
+    groups = columns // 32
+    indices, packed = tl.split(elements(planes[0], row, group, groups, 1, 2))
+    indices, packed = indices[:, :, None], packed[:, :, None]
+    octet = tl.arange(0, 2)[None, None, :]
+    low = _octets(planes[2], indices, packed, octet)
+    high = _octets(planes[2], indices, packed, octet + 2)
+    d = elements(planes[1], row, group, groups, 8, 1).to(tl.float32)
+    scale = d * (((packed >> 28) & 15).to(tl.float32) + 0.5) * 0.25
+    return low, high, scale, scale
+
+
+IQ2_XXS = Format(
+    weight_format=WeightFormat.IQ2_XXS,
+    planes=(Plane(torch.int32, 8, 32), Plane(torch.float16, 2, 256)),
+    split=_split,
+    join=_join,
+    decode=_decode,
+    codebook=lambda: grid_words("IQ2_XXS"),
+)

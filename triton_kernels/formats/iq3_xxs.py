@@ -1,0 +1,51 @@
+"""IQ3_XXS: 256 weights; weight = d * (scale + 0.5) / 2 * grid entry, with signs.
+
+A block is d (half), 64 indices of a grid of 256 entries of 4, and for each group a word: four times 7 sign bits, the
+eighth making their number even, and 4 bits of scale.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from trichord.triton_kernels.formats.fields import elements
+from trichord.triton_kernels.formats.format import Format, Plane
+from trichord.triton_kernels.formats.grid import even_signs, grid_words, group_words, negate, octet_signs
+from trichord.weight_format import WeightFormat
+
+
+def _split(blocks: torch.Tensor) -> list[torch.Tensor]:
+    return [blocks[..., 2:66], blocks[..., 66:], blocks[..., :2]]
+
+
+def _join(codes: torch.Tensor, scales: torch.Tensor, superscales: torch.Tensor) -> torch.Tensor:
+    return torch.cat([superscales, codes, scales], dim=-1)
+
+
+@triton.jit
+def _words(codebook, indices, signs):
+    index = (indices[:, :, None] >> (tl.arange(0, 4) * 8)[None, None, :]) & 255
+    return negate(tl.load(codebook + index), group_words(octet_signs(even_signs(signs))))
+
+
+@triton.jit
+def _decode(planes, row, group, columns):
+    groups = columns // 32
+    low, high = tl.split(elements(planes[0], row, group, groups, 1, 2))
+    packed = elements(planes[1], row, group, groups, 1, 1)
+    signs = packed >> (tl.arange(0, 2) * 7)[None, None, :]
+    d = elements(planes[2], row, group, groups, 8, 1).to(tl.float32)
+    scale = d * (((packed >> 28) & 15).to(tl.float32) + 0.5) * 0.5
+    return _words(planes[3], low, signs), _words(planes[3], high, signs >> 14), scale, scale
+
+
+IQ3_XXS = Format(
+    weight_format=WeightFormat.IQ3_XXS,
+    planes=(Plane(torch.int32, 8, 32), Plane(torch.int32, 4, 32), Plane(torch.float16, 2, 256)),
+    split=_split,
+    join=_join,
+    decode=_decode,
+    codebook=lambda: grid_words("IQ3_XXS"),
+)
