@@ -1,86 +1,90 @@
-"""Activations as integers: groups of 32 rounded to 16 or 8 bits, with their scale and their sums."""
+"""Activations as the kernels of `rowdot` read them: rounded to 16 or 8 bits in groups of 32, with scales and sums."""
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
-import numpy as np
 import torch
+from llvmlite import ir
 
 from trichord.cpu_fallback.decode import GROUP
-from trichord.cpu_fallback.jit import compiled
+from trichord.cpu_fallback.jobs import compile_kernel, run
+from trichord.cpu_fallback.vectors import F32, I8, I16, I32, Emitter, Vector
+
+BYTES = {"exact": 4, "default": 2, "fast": 1}
+"""Of one activation, in each precision."""
 
 
 class Activations(NamedTuple):
-    """Rows of activations as the kernels of `rowdot` read them, padded with zeros to whole groups of 32."""
+    """Addresses of what is known of T rows, padded with zeros to whole groups: K columns."""
 
-    x: torch.Tensor
+    columns: int
+    x: int
     """(T, K) float32, int8, or int16: then of each group first the 16 even ones, then the 16 odd ones."""
-    scales: torch.Tensor
+    scales: int
     """(T, K / 32) float32: what one step of the integers stands for."""
-    sums: torch.Tensor
+    sums: int
     """(T, K / 32) float32: the sum of each group, as rounded."""
-    half_sums: torch.Tensor
+    half_sums: int
     """(T, K / 16) float32: the sum of each half of a group."""
+    memory: tuple[torch.Tensor, ...]
+    """What the addresses point into."""
 
 
 def prepare(x: torch.Tensor, precision: str) -> Activations:
     """x (T, K) float32, contiguous, for the kernels of a precision: as it is, or rounded to 16 or 8 bits."""
     if rest := x.shape[1] % GROUP:
         x = torch.nn.functional.pad(x, (0, GROUP - rest))
-    tokens, columns = x.shape
-    # Not NumPy's memory: torch aligns to 64 bytes, so that no load of 32 crosses a cache line.
-    scales, sums = (torch.empty(tokens, columns // GROUP) for _ in range(2))
-    half_sums = torch.empty(tokens, 2 * columns // GROUP)
-    groups = x.numpy().reshape(-1, GROUP)
-    flat_sums = sums.numpy().reshape(-1), half_sums.numpy().reshape(-1, 2)
-    if precision == "exact":
-        _sum(groups, *flat_sums)
-        return Activations(x, scales, sums, half_sums)
-    quants = torch.empty(x.shape, dtype=torch.int16 if precision == "default" else torch.int8)
-    # Where in a group to put the quant number 16 * half + 2 * pair + odd.
-    order = (8, 1, 16) if precision == "default" else (16, 2, 1)
-    limit = np.float32(torch.iinfo(quants.dtype).max)
-    outputs = quants.numpy().reshape(-1, GROUP), scales.numpy().reshape(-1), *flat_sums
-    _round(groups, groups.view(np.int32), *outputs, limit, *order)
-    return Activations(quants, scales, sums, half_sums)
+    count, groups = x.numel(), x.numel() // GROUP
+    memory = torch.empty(4 * count + 16 * groups, dtype=torch.uint8)  # torch aligns to 64 bytes: loads cross no lines
+    address = memory.data_ptr()
+    scales = address + BYTES[precision] * count
+    places = {"x_scales": scales, "x_sums": scales + 4 * groups, "x_half_sums": scales + 8 * groups}
+    job = {"kernel": _kernel(precision), "rows": groups, "chunk_rows": 1 << 10, "columns": GROUP}
+    run([job | places | {"x": x.data_ptr(), "y": address}])
+    quants = x.data_ptr() if precision == "exact" else address
+    return Activations(x.shape[1], quants, *places.values(), (x, memory))
 
 
-@compiled(fastmath={"reassoc"})
-def _sum(x, sums, half_sums):  # type: ignore[no-untyped-def]
-    for group in range(len(x)):
-        for half in range(2):
-            total = np.float32(0)
-            for i in range(16):
-                total += x[group, 16 * half + i]
-            half_sums[group, half] = total
-        sums[group] = half_sums[group, 0] + half_sums[group, 1]
+@functools.cache
+def _kernel(precision: str) -> int:
+    """Address of the kernel (see `jobs`) whose rows are groups of activations."""
+    itemsize = BYTES[precision]
+
+    def emit(emitter: Emitter, job: dict[str, ir.Value], first: ir.Value, last: ir.Value) -> None:
+        with emitter.loop(first, last) as group:
+            place = emitter.at(job["x"], group, 4 * GROUP)
+            parts = [emitter.load(emitter.move(place, 32 * i), F32, 8) for i in range(4)]
+            if precision == "exact":
+                halves = [emitter.sum(parts[i] + parts[i + 1]) for i in (0, 2)]
+            else:
+                parts, scale = _round(emitter, parts, itemsize)
+                emitter.store(_arrange(emitter, parts, itemsize), emitter.at(job["y"], group, itemsize * GROUP))
+                emitter.store(scale, emitter.at(job["x_scales"], group, 4))
+                halves = [emitter.sum(parts[i] + parts[i + 1]).float() * scale for i in (0, 2)]
+            emitter.store(halves[0] + halves[1], emitter.at(job["x_sums"], group, 4))
+            emitter.store(emitter.concat(*halves), emitter.at(job["x_half_sums"], group, 8))
+
+    return compile_kernel(f"prepare_{precision}", emit)
 
 
-@compiled
-def _round(x, bits, quants, scales, sums, half_sums, limit, half_step, pair_step, odd_step):  # type: ignore[no-untyped-def]
-    for group in range(len(x)):
-        # As integers, absolute values keep their order, and infinity and NaN come out on top.
-        largest_bits = np.int32(0)
-        for i in range(32):
-            largest_bits = max(largest_bits, bits[group, i] & 0x7FFFFFFF)
-        if largest_bits >= 0x7F800000:
-            quants[group], half_sums[group], sums[group], scales[group] = 0, np.nan, np.nan, np.nan
-            continue
-        largest = np.float32(0)
-        for i in range(32):
-            largest = max(largest, abs(x[group, i]))
-        scale, inverse = largest / limit, np.float32(0)
-        if largest > np.float32(1e-30):
-            inverse = limit / largest
-        both = np.int32(0)
-        for half in range(2):
-            total = np.int32(0)
-            for i in range(16):
-                quant = np.int32(np.rint(x[group, 16 * half + i] * inverse))
-                quants[group, half * half_step + i // 2 * pair_step + i % 2 * odd_step] = quant
-                total += quant
-            half_sums[group, half] = scale * np.float32(total)
-            both += total
-        sums[group] = scale * np.float32(both)
-        scales[group] = scale
+def _round(emitter: Emitter, parts: list[Vector], itemsize: int) -> tuple[list[Vector], Vector]:
+    """A group's activations as integers of 32 bits, and what one step of them stands for."""
+    limit = float((1 << (8 * itemsize - 1)) - 1)
+    # Magnitudes keep their order read as integers; NaN, which no comparison of floats would keep, comes out on top.
+    magnitudes = [part.bitcast(I32) & 0x7FFFFFFF for part in parts]
+    largest = emitter.largest(functools.reduce(emitter.maximum, magnitudes)).bitcast(F32)
+    # Otherwise all become zeros: of the scale's own size, or infinity times zero, which is NaN as it should be.
+    usable = (largest > 1e-30) & (largest < float("inf"))
+    inverse = emitter.select(usable, emitter.number(limit) / largest, emitter.number(0.0))
+    parts = [emitter.select(usable, part, emitter.number(0.0)) * inverse for part in parts]
+    return [emitter.round(part) for part in parts], largest / limit
+
+
+def _arrange(emitter: Emitter, integers: list[Vector], itemsize: int) -> Vector:
+    """A group's integers in their own width and the order that the kernels want."""
+    together = emitter.concat(*integers)
+    if itemsize == 2:
+        together = together.lanes([*range(0, GROUP, 2), *range(1, GROUP, 2)])
+    return together.truncate(I16 if itemsize == 2 else I8)

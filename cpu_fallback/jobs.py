@@ -7,12 +7,16 @@ or a thread that lost its turn holds up nobody: with equal shares, one late thre
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import FunctionType
+
 import numpy as np
 from llvmlite import ir
 from numba import prange, types
 from numba.extending import intrinsic
 
-from trichord.cpu_fallback.jit import compiled, threads
+from trichord.cpu_fallback.jit import compile_address, compiled, threads
+from trichord.cpu_fallback.vectors import I64, Emitter
 
 _WORTH_WAKING = 1 << 18
 """Products of smaller jobs than this are done before other threads have woken, and depend on no scheduler."""
@@ -24,7 +28,7 @@ FIELDS = (
     "weights",  # address of the packed rows
     "row_bytes",
     "columns",
-    "y",  # address of the float32 results
+    "y",  # address of the results
     "y_stride",  # elements from one row of the results to the next
     "tokens",  # rows of activations
     "x",  # address of the activations, each row padded to whole groups of 32
@@ -32,6 +36,32 @@ FIELDS = (
     "x_sums",  # address of float32: the sum of each group
     "x_half_sums",  # address of float32: the sum of each half of a group
 )
+
+
+def compile_kernel(name: str, emit: Callable[[Emitter, dict[str, ir.Value], ir.Value, ir.Value], None]) -> int:
+    """Address of a kernel: `emit` emits its body, given the job's fields and the first and the last row.
+
+    The disk cache goes by the name, which must say all that `emit` depends on besides this package's sources.
+    """
+
+    @intrinsic
+    def body(typing_context, job, first, last):  # type: ignore[no-untyped-def]
+        def emit_body(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            pointer, first, last = arguments
+            triple, _, features = context.codegen().magic_tuple()
+            fields = {field: builder.load(builder.gep(pointer, [I64(i)])) for i, field in enumerate(FIELDS)}
+            emit(Emitter(builder, triple, features), fields, first, last)
+            return context.get_dummy_value()
+
+        return types.void(job, first, last), emit_body
+
+    kernel = FunctionType(_kernel.__code__, {**globals(), "body": body}, name)
+    kernel.__qualname__ = name
+    return compile_address(kernel, "void(CPointer(int64), int64, int64)")
+
+
+def _kernel(job, first, last):  # type: ignore[no-untyped-def]
+    body(job, first, last)  # noqa: F821 - each kernel is this code with a body of its own
 
 
 @intrinsic
@@ -85,7 +115,7 @@ def _work_together(jobs, counter, workers):  # type: ignore[no-untyped-def]
 
 def run(jobs: list[dict[str, int]]) -> None:
     """Work off the jobs, dictionaries of `FIELDS` (those a kernel does not read may be missing)."""
-    table = np.array([[job.get(field, 0) for field in FIELDS] for job in jobs], np.int64)
+    table = np.array([job.get(field, 0) for job in jobs for field in FIELDS], np.int64).reshape(-1, len(FIELDS))
     counter = np.zeros(1, np.int64)
     if sum(job["rows"] * job["columns"] * job.get("tokens", 1) for job in jobs) < _WORTH_WAKING:
         _work(table, counter)

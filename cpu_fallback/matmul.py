@@ -6,11 +6,10 @@ float32 once and multiplying by BLAS; no weight is ever expanded as a whole. Wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from trichord.cpu_fallback.activations import Activations, prepare
 from trichord.cpu_fallback.decode import DECODERS, GROUP
 from trichord.cpu_fallback.dequantize import dequantize_rows
 from trichord.cpu_fallback.jit import have_numba
@@ -18,13 +17,9 @@ from trichord.weight_format import Weight, WeightFormat
 
 FUSED_FORMATS = frozenset(DECODERS)
 
-MOST_ROWS_IN_PLACE = {"exact": 16, "default": 64, "fast": 64}
+MOST_ROWS_IN_PLACE = {"exact": 20, "default": 48, "fast": 64}
 """Up to so many rows of activations the kernels on packed blocks are faster than tiles and BLAS (measured)."""
 
-_TOKENS = (4, 2, 1)
-"""Rows of activations a kernel takes at a time; more would not stay in 16 registers."""
-_CHUNK_WEIGHTS = 1 << 17
-"""Weights a thread takes at a time: some 8 microseconds of work, and a packed chunk stays in the cache."""
 _TILE_WEIGHTS = 1 << 20
 """Weights of a decoded tile: large enough for BLAS at full speed, small enough for a shared cache."""
 
@@ -60,63 +55,23 @@ def embedding(ids: torch.Tensor, weight: Weight) -> torch.Tensor:
 def matmul(x: torch.Tensor, weights: Sequence[Weight], precision: str) -> list[torch.Tensor]:
     """x (T, K) float32 -> [x @ W.T (T, N) float32 for each weight], without `weight.scale`."""
     x = x.contiguous()
-    results = [torch.empty(len(x), weight.out_features) for weight in weights]
-    if not len(x):
-        return results
-    activations: dict[str, Activations] = {}
-    jobs: list[dict[str, int]] = []
+    results = [torch.empty(x.shape[0], weight.out_features) for weight in weights]
+    products = []
     for weight, y in zip(weights, results, strict=True):
-        used = "exact" if weight.format.block_size == 1 else precision
-        if len(x) > MOST_ROWS_IN_PLACE[used] or not _has_kernels(weight.format):
+        used = "exact" if weight.format.block_size == 1 else precision  # floats have no faster way
+        if _has_kernels(weight.format) and x.shape[0] <= MOST_ROWS_IN_PLACE[used]:
+            products.append((weight, used, y))
+        else:
             _multiply_tiles(x, weight, y)
-            continue
-        if used not in activations:
-            activations[used] = prepare(x, used)
-        jobs += _dot_jobs(weight, used, activations[used], y)
-    _run(jobs)
+    if products and x.numel():
+        from trichord.cpu_fallback.in_place import multiply
+
+        multiply(x, products)
     return results
 
 
 def _has_kernels(format: WeightFormat) -> bool:
     return format in FUSED_FORMATS and have_numba()
-
-
-def _run(jobs: list[dict[str, int]]) -> None:
-    if jobs:
-        from trichord.cpu_fallback.jobs import run  # it imports Numba
-
-        run(jobs)
-
-
-def _row_job(data: torch.Tensor, columns: int, y: torch.Tensor) -> dict[str, int]:
-    """What every job over the packed rows `data` says, with results in y."""
-    return {
-        "rows": len(data),
-        "chunk_rows": max(1, _CHUNK_WEIGHTS // columns),
-        "weights": data.data_ptr(),
-        "row_bytes": data.stride(0),
-        "columns": columns,
-        "y": y.data_ptr(),
-        "y_stride": y.stride(0),
-    }
-
-
-def _dot_jobs(weight: Weight, precision: str, activations: Activations, y: torch.Tensor) -> Iterator[dict[str, int]]:
-    """The rows of activations by fours, the rest by two and one."""
-    from trichord.cpu_fallback.rowdot import dot_kernel
-
-    done = 0
-    for step in _TOKENS:
-        if count := (len(y) - done) // step * step:
-            yield _row_job(weight.data, weight.in_features, y[done:]) | {
-                "kernel": dot_kernel(weight.format, precision, step),
-                "tokens": count,
-                "x": activations.x[done:].data_ptr(),
-                "x_scales": activations.scales[done:].data_ptr(),
-                "x_sums": activations.sums[done:].data_ptr(),
-                "x_half_sums": activations.half_sums[done:].data_ptr(),
-            }
-        done += count
 
 
 def _multiply_tiles(x: torch.Tensor, weight: Weight, y: torch.Tensor) -> None:
@@ -134,11 +89,10 @@ def _multiply_tiles(x: torch.Tensor, weight: Weight, y: torch.Tensor) -> None:
 
 
 def _decode(data: torch.Tensor, format: WeightFormat, values: torch.Tensor) -> None:
-    """Packed rows -> values (rows, columns) float32."""
-    columns = values.shape[1]
-    if not _has_kernels(format) or columns % GROUP:  # the kernel writes whole groups
+    """Packed rows (R, row_bytes) uint8 -> values (R, columns) float32."""
+    if not _has_kernels(format) or values.shape[1] % GROUP:  # the kernels write whole groups
         values.numpy()[...] = dequantize_rows(data.numpy(), format)
-        return
-    from trichord.cpu_fallback.rowdot import dequantize_kernel
+    elif values.numel():
+        from trichord.cpu_fallback.in_place import decode
 
-    _run([_row_job(data, columns, values) | {"kernel": dequantize_kernel(format)}])
+        decode(data, format, values)

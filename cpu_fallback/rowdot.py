@@ -15,24 +15,18 @@ lane is which: lanes 0 to 3 belong to the first 16 weights of a group, lanes 4 t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from types import FunctionType
 
 from llvmlite import ir
-from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
+from trichord.cpu_fallback.activations import BYTES
 from trichord.cpu_fallback.decode import DECODERS, GROUP, Decoded, chunk
-from trichord.cpu_fallback.jit import compile_address
-from trichord.cpu_fallback.jobs import FIELDS
+from trichord.cpu_fallback.jobs import compile_kernel
 from trichord.cpu_fallback.vectors import F32, I8, I16, I64, Emitter, LlvmBlock, Vector, even_odd
 from trichord.weight_format import WeightFormat
 
 _STRIDE = 256
 """Weights decoded together: short blocks are joined, so that their scales are multiplied as one vector."""
-
-ACTIVATION_BYTES = {"exact": 4, "default": 2, "fast": 1}
 
 
 @functools.cache
@@ -42,35 +36,13 @@ def dot_kernel(format: WeightFormat, precision: str, tokens: int) -> int:
     A job's number of tokens must be a multiple of that. Float formats are multiplied in "exact" only.
     """
     name = f"dot_{format.name}_{precision}_{tokens}"
-    return _compile(name, lambda emitter, job: _Dot(emitter, job, format, precision, tokens))
+    return compile_kernel(name, lambda e, job, *rows: _Dot(e, job, format, precision, tokens).emit(*rows))
 
 
 @functools.cache
 def dequantize_kernel(format: WeightFormat) -> int:
     """Address of the kernel (see `jobs`) that writes rows of weights as float32, padded to whole groups of 32."""
-    return _compile(f"dequantize_{format.name}", lambda emitter, job: _Dequantize(emitter, job, format))
-
-
-def _compile(name: str, make: Callable[[Emitter, dict[str, ir.Value]], _Rows]) -> int:
-    @intrinsic
-    def emit_rows(typing_context, job, first, last):  # type: ignore[no-untyped-def]
-        def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            pointer, first, last = arguments
-            triple, _, features = context.codegen().magic_tuple()
-            loads = (builder.load(builder.gep(pointer, [I64(i)])) for i in range(len(FIELDS)))
-            make(Emitter(builder, triple, features), dict(zip(FIELDS, loads, strict=True))).emit(first, last)
-            return context.get_dummy_value()
-
-        return types.void(job, first, last), emit
-
-    # The intrinsic as a global of a function named after the kernel: the disk cache goes by the name.
-    named = FunctionType(_kernel.__code__, {**globals(), "emit_rows": emit_rows}, name)
-    named.__qualname__ = name
-    return compile_address(named, "void(CPointer(int64), int64, int64)")
-
-
-def _kernel(job, first, last):  # type: ignore[no-untyped-def]
-    emit_rows(job, first, last)  # noqa: F821
+    return compile_kernel(f"dequantize_{format.name}", lambda e, job, *rows: _Dequantize(e, job, format).emit(*rows))
 
 
 class _Rows:
@@ -97,10 +69,9 @@ class _Rows:
         joined = _STRIDE // weights
         chunks = builder.udiv(self.job["columns"], I64(weights))
         strides = builder.udiv(chunks, I64(joined))
-        base = self.pointer("weights")
         with emitter.loop(first, last) as row:
             self.row = row
-            start = emitter.move(base, builder.mul(row, self.job["row_bytes"]))
+            start = emitter.at(self.job["weights"], builder.mul(row, self.job["row_bytes"]), 1)
             self.begin_row()
             with emitter.loop(I64(0), strides) as i:
                 pointer = emitter.move(start, builder.mul(i, I64(joined * size)))
@@ -134,14 +105,6 @@ class _Rows:
             cgutils.raw_memcpy(builder, copy, source, builder.mul(count, I64(itemsize)), 1)
             self.block(self._decode(copy, 1), position)
 
-    def pointer(self, field: str) -> ir.Value:
-        """A field of the job as an address of bytes."""
-        return self.builder.inttoptr(self.job[field], I8.as_pointer())
-
-    def at(self, base: ir.Value, index: ir.Value, itemsize: int, extra: int = 0) -> ir.Value:
-        """The address of base[index + extra] for elements of `itemsize` bytes."""
-        return self.emitter.move(self.emitter.move(base, self.builder.mul(index, I64(itemsize))), extra * itemsize)
-
 
 def without_zero(decoded: Decoded) -> Decoded:
     """The same weights by signed quants around 0."""
@@ -153,13 +116,14 @@ def without_zero(decoded: Decoded) -> Decoded:
 class _Dequantize(_Rows):
     def block(self, decoded: Decoded, position: ir.Value) -> None:
         emitter, (quants, scales, minimums, _) = self.emitter, without_zero(decoded)
-        base = self.at(self.pointer("y"), self.builder.mul(self.row, self.job["y_stride"]), 4)
+        start = self.builder.add(self.builder.mul(self.row, self.job["y_stride"]), position)
+        target = emitter.at(self.job["y"], start, 4)
         for i in range(4 * len(quants)):
             values = quants[i // 4].lanes(range(i % 4 * 8, i % 4 * 8 + 8)).float()
             for parts, apply in ((scales, Vector.__mul__), (minimums, Vector.__sub__)):
                 if parts is not None:
                     values = apply(values, parts.lanes([i * parts.count // (4 * len(quants))] * 8))
-            emitter.store(values, self.at(base, position, 4, 8 * i))
+            emitter.store(values, emitter.move(target, 32 * i))
 
 
 class _Dot(_Rows):
@@ -167,10 +131,12 @@ class _Dot(_Rows):
         self, emitter: Emitter, job: dict[str, ir.Value], format: WeightFormat, precision: str, tokens: int
     ) -> None:
         super().__init__(emitter, job, format)
-        self.tokens, self.itemsize = range(tokens), ACTIVATION_BYTES[precision]
+        self.tokens, self.itemsize = range(tokens), BYTES[precision]
         self.meet = {"exact": self._meet_floats, "default": self._meet_words, "fast": self._meet_bytes}[precision]
         # A chain of additions waits for each one: a lone token gets several chains.
-        self.sums = [[emitter.variable(emitter.zeros(8)) for _ in range(max(1, 4 // tokens))] for _ in self.tokens]
+        self.sums = [
+            [emitter.variable(emitter.number(0.0, 8)) for _ in range(max(1, 4 // tokens))] for _ in self.tokens
+        ]
 
     def emit(self, first: ir.Value, last: ir.Value) -> None:
         builder, count = self.builder, I64(len(self.tokens))
@@ -183,14 +149,14 @@ class _Dot(_Rows):
 
     def begin_row(self) -> None:
         for place in (place for chains in self.sums for place in chains):
-            self.builder.store(self.emitter.zeros(8).value, place)
+            self.builder.store(self.emitter.number(0.0, 8).value, place)
 
     def end_row(self) -> None:
         for token in self.tokens:
             parts = [Vector(self.emitter, self.builder.load(place)) for place in self.sums[token]]
             total = self.emitter.sum(functools.reduce(Vector.__add__, parts))
             index = self.builder.add(self.results[token], self.row)
-            self.emitter.store(total, self.at(self.pointer("y"), index, 4))
+            self.emitter.store(total, self.emitter.at(self.job["y"], index, 4))
 
     def block(self, decoded: Decoded, position: ir.Value) -> None:
         quants, scales, minimums, zero = without_zero(decoded) if self.itemsize == 4 else decoded
@@ -204,7 +170,8 @@ class _Dot(_Rows):
                 self._subtract_minimums(token, minimums, place)
         for group, quant in enumerate(quants):
             for token, place in enumerate(places):
-                x = self.at(self.pointer("x"), place, self.itemsize, GROUP * group)
+                x = self.emitter.at(self.job["x"], place, self.itemsize)
+                x = self.emitter.move(x, GROUP * group * self.itemsize)
                 self.meet(token, group, quant, x, factors[token])
 
     def _add(self, token: int, chain: int, a: Vector, b: Vector) -> None:
@@ -221,14 +188,14 @@ class _Dot(_Rows):
         if self.itemsize == 4:
             return scales
         group = self.builder.lshr(place, I64(5))
-        of_x = self.emitter.load(self.at(self.pointer("x_scales"), group, 4), F32, self.groups)
+        of_x = self.emitter.load(self.emitter.at(self.job["x_scales"], group, 4), F32, self.groups)
         return scales * of_x.lanes([i * self.groups // count for i in range(count)])
 
     def _subtract_minimums(self, token: int, minimums: Vector, place: ir.Value) -> None:
         halves = minimums.count > self.groups
         index = self.builder.lshr(place, I64(4 if halves else 5))
-        base = self.pointer("x_half_sums" if halves else "x_sums")
-        sums = self.emitter.load(self.at(base, index, 4), F32, (1 + halves) * self.groups)
+        base = self.job["x_half_sums" if halves else "x_sums"]
+        sums = self.emitter.load(self.emitter.at(base, index, 4), F32, (1 + halves) * self.groups)
         minimums = minimums.lanes([i * minimums.count // sums.count for i in range(sums.count)]) * -1.0
         for i in range(0, sums.count, 8):
             parts = (v.lanes(range(i, i + 8)) if v.count >= 8 else self._padded(v) for v in (minimums, sums))
@@ -236,7 +203,7 @@ class _Dot(_Rows):
 
     def _padded(self, vector: Vector) -> Vector:
         return vector.lanes(
-            [*range(vector.count), *[vector.count] * (8 - vector.count)], self.emitter.zeros(vector.count)
+            [*range(vector.count), *[vector.count] * (8 - vector.count)], self.emitter.number(0.0, vector.count)
         )
 
     def _scale(self, factors: Vector, group: int) -> Vector:
@@ -264,7 +231,7 @@ class _Dot(_Rows):
             return
         halves = factors.count // self.groups
         for half in range(halves):
-            total = emitter.zeros(8)
+            total = emitter.number(0.0, 8)
             for i in range(4 * half // halves, 4 * (half + 1) // halves):
                 total = emitter.multiply_add(weights[i], activations[i], total)
             self._add(token, group, total, factors.lanes([group * halves + half] * 8))

@@ -76,6 +76,10 @@ class Vector:
         convert = self.emitter.builder.sitofp if self.signed else self.emitter.builder.uitofp
         return self.make(convert(self.value, _type(F32, self.count)))
 
+    def truncate(self, element: ir.IntType) -> Vector:
+        """Integers in narrower lanes, which must be able to hold them."""
+        return self.make(self.emitter.builder.trunc(self.value, _type(element, self.count)))
+
     def _binary(self, other: Vector | float, integer: str, floating: str = "") -> Vector:
         if not isinstance(other, Vector):
             other = self.make(self.emitter.constant(self.element, other))
@@ -107,6 +111,22 @@ class Vector:
     def __mul__(self, other: Vector | float) -> Vector:
         return self._binary(other, "mul", "fmul")
 
+    def __truediv__(self, other: Vector | float) -> Vector:
+        return self._binary(other, "", "fdiv")
+
+    def _compare(self, operator: str, other: Vector | float) -> Vector:
+        if not isinstance(other, Vector):
+            other = self.make(self.emitter.constant(self.element, other))
+        builder = self.emitter.builder
+        integers = builder.icmp_signed if self.signed else builder.icmp_unsigned
+        return self.make((builder.fcmp_ordered if self.element == F32 else integers)(operator, self.value, other.value))
+
+    def __lt__(self, other: Vector | float) -> Vector:
+        return self._compare("<", other)
+
+    def __gt__(self, other: Vector | float) -> Vector:
+        return self._compare(">", other)
+
 
 class Emitter:
     """Emits code at a builder's place for a CPU with these features (LLVM's names, such as "+avx2")."""
@@ -120,9 +140,9 @@ class Emitter:
         """The same number in every lane."""
         return ir.Constant(_type(element, count), [number] * count if count > 1 else number)
 
-    def zeros(self, count: int) -> Vector:
-        """float32 zeros."""
-        return Vector(self, self.constant(F32, 0.0, count))
+    def number(self, number: float, count: int = 1) -> Vector:
+        """The same float32 number in every lane."""
+        return Vector(self, self.constant(F32, number, count))
 
     def as_vector(self, value: ir.Value) -> ir.Value:
         """A scalar as a vector of one lane, which shuffles take."""
@@ -143,6 +163,10 @@ class Emitter:
             yield index
 
     # Memory
+
+    def at(self, base: ir.Value, index: ir.Value, itemsize: int) -> ir.Value:
+        """The address of an array's element; base is an address as an integer."""
+        return self.move(self.builder.inttoptr(base, I8.as_pointer()), self.builder.mul(index, I64(itemsize)))
 
     def move(self, pointer: ir.Value, count: ir.Value | int) -> ir.Value:
         """The address `count` bytes further."""
@@ -184,9 +208,30 @@ class Emitter:
         return c.make(self.call(f"llvm.fmuladd.{kind}", c.value.type, *operands))
 
     def sum(self, vector: Vector) -> Vector:
-        """The sum of float32 lanes, in whatever order is fastest."""
+        """The sum of 32-bit lanes, in whatever order is fastest."""
+        if vector.element == I32:
+            return vector.make(self.call(f"llvm.vector.reduce.add.v{vector.count}i32", I32, vector.value))
         name, zero = f"llvm.vector.reduce.fadd.v{vector.count}f32", self.constant(F32, 0.0)
         return vector.make(self.call(name, F32, zero, vector.value, fastmath=("reassoc",)))
+
+    def select(self, condition: Vector, a: Vector, b: Vector) -> Vector:
+        """a where the condition holds, else b."""
+        count = max(a.count, b.count)
+        return a.make(self.builder.select(condition.value, a.widen(count).value, b.widen(count).value))
+
+    def maximum(self, a: Vector, b: Vector) -> Vector:
+        """The larger of two integers, lane by lane."""
+        return self.select(a > b, a, b)
+
+    def largest(self, vector: Vector) -> Vector:
+        """The largest of unsigned 32-bit lanes."""
+        return vector.make(self.call(f"llvm.vector.reduce.umax.v{vector.count}i32", I32, vector.value))
+
+    def round(self, vector: Vector) -> Vector:
+        """float32 to the nearest integers of 32 bits, ties to even."""
+        kind = f"v{vector.count}f32" if vector.count > 1 else "f32"
+        nearest = self.call(f"llvm.rint.{kind}", vector.value.type, vector.value)
+        return Vector(self, self.builder.fptosi(nearest, _type(I32, vector.count)), signed=True)
 
     def from_half(self, halves: Vector) -> Vector:
         """16-bit IEEE halves (as integers) -> float32."""
