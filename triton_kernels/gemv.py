@@ -8,7 +8,6 @@ import triton.language as tl
 
 from trichord.triton_kernels.activations import Activations
 from trichord.triton_kernels.formats import Format
-from trichord.triton_kernels.formats.fields import group_pointers
 from trichord.triton_kernels.launch import launches
 from trichord.triton_kernels.primitives import dot4
 from trichord.triton_kernels.tile import decode_tile
@@ -24,8 +23,8 @@ def _integer_products(planes, activations, row, group, token, columns, FORMAT: t
     word = (x_group * (8 * LIMBS))[:, None, :, None] + tl.arange(0, 4)[None, None, None, :]
     product = 0
     for limb in tl.static_range(LIMBS):
-        x_low = tl.load(group_pointers(limbs + limb * 8, word))
-        x_high = tl.load(group_pointers(limbs + limb * 8 + 4, word))
+        x_low = tl.load(limbs + limb * 8 + word)
+        x_high = tl.load(limbs + limb * 8 + 4 + word)
         low_words = dot4(low[None], x_low, 0)
         if FORMAT.scale_group == 16:
             sums_of_limb = tl.join(tl.sum(low_words, axis=3), tl.sum(dot4(high[None], x_high, 0), axis=3))
@@ -33,7 +32,7 @@ def _integer_products(planes, activations, row, group, token, columns, FORMAT: t
             sums_of_limb = tl.sum(dot4(high[None], x_high, low_words), axis=3, keep_dims=True)
         product = product * 256 + sums_of_limb
     half = (x_group * 2)[:, None, :, None] + tl.arange(0, 2)[None, None, None, :]
-    x_sum = tl.load(group_pointers(sums, half))
+    x_sum = tl.load(sums + half)
     if FORMAT.scale_group == 32:
         x_sum = tl.sum(x_sum, axis=3, keep_dims=True)
     result = (product - FORMAT.zero * x_sum).to(tl.float32) * scale[None]
@@ -47,8 +46,7 @@ def _float_products(planes, x, row, group, token, columns, FORMAT: tl.constexpr)
     """Products of each group in float32 -> (T, R, G)."""
     weights = decode_tile(planes, row, group, columns, FORMAT).to(tl.float32)
     column = (group * FORMAT.group_size)[None, None, :, None] + tl.arange(0, FORMAT.group_size)[None, None, None, :]
-    pointer = group_pointers(x + (token * columns)[:, None, None, None], column)
-    values = tl.load(pointer, mask=column < columns, other=0.0)
+    values = tl.load(x + (token * columns)[:, None, None, None] + column, mask=column < columns, other=0.0)
     return tl.sum(weights[None] * values, axis=3)
 
 

@@ -28,23 +28,10 @@ def spread(merged: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 @triton.jit
-def group_pointers(base, offset):
-    """base + offset: pointers (A, G, n) or (A, B, G, n), so that neighbouring threads take neighbouring groups.
-
-    Triton orders dimensions by the length of their contiguous runs, which only the last one has here. The tie of the
-    others goes to the first up to Triton 3.6, to the last later; the hint, of no other effect, settles it for G.
-    """
-    if len(offset.shape) == 3:
-        return tl.max_contiguous(base + offset, (1, 2, offset.shape[2]))
-    else:
-        return tl.max_contiguous(base + offset, (1, 1, 2, offset.shape[3]))
-
-
-@triton.jit
 def elements(plane, row, group, groups, SPAN: tl.constexpr, COUNT: tl.constexpr):
     """The COUNT elements that a plane keeps for every SPAN groups -> (R, G, COUNT)."""
     offset = (group // SPAN * COUNT)[None, :, None] + tl.arange(0, COUNT)[None, None, :]
-    return tl.load(group_pointers(plane + (row * (groups // SPAN * COUNT))[:, None, None], offset))
+    return tl.load(plane + (row * (groups // SPAN * COUNT))[:, None, None] + offset)
 
 
 @triton.jit

@@ -25,13 +25,16 @@ def grid_words(name: str) -> np.ndarray:
 
 @triton.jit
 def octet_words(codebook, index):
-    """The entries (R, G, 2) of a grid of 8 -> (R, G, 2, 2) words."""
+    """The entries (2, R, G) of a grid of 8 -> (2, R, G, 2) words.
+
+    In this order of dimensions a thread gathers what belongs to its own group.
+    """
     return tl.load(codebook + (index * 2)[:, :, :, None] + tl.arange(0, 2)[None, None, None, :])
 
 
 @triton.jit
 def octet_signs(signs):
-    """The sign bits of octets (R, G, 2), 8 each -> (R, G, 2, 2), those of each word from its lowest bit up."""
+    """The sign bits of octets (2, R, G), 8 each -> (2, R, G, 2), those of each word from its lowest bit up."""
     return signs[:, :, :, None] >> (tl.arange(0, 2) * 4)[None, None, None, :]
 
 
@@ -52,5 +55,5 @@ def negate(words, signs):
 
 @triton.jit
 def group_words(words):
-    """(R, G, 2, 2) -> (R, G, 4)."""
-    return tl.reshape(words, (words.shape[0], words.shape[1], 4))
+    """(2, R, G, 2) words of octets -> (R, G, 4)."""
+    return tl.reshape(tl.permute(words, (1, 2, 0, 3)), (words.shape[1], words.shape[2], 4))

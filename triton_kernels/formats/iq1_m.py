@@ -42,13 +42,13 @@ def _octets(codebook, indices, high, octet):
 @triton.jit
 def _decode(planes, row, group, columns):
     groups = columns // 32
-    indices = elements(planes[0], row, group, groups, 1, 1)
-    high = elements(planes[1], row, group, groups, 1, 1).to(tl.int32)
-    pair = tl.arange(0, 2)[None, None, :]
-    scales = elements(planes[2], row, group, groups, 1, 1).to(tl.int32) >> (pair * 3)
+    indices = tl.permute(elements(planes[0], row, group, groups, 1, 1), (2, 0, 1))
+    high = tl.permute(elements(planes[1], row, group, groups, 1, 1).to(tl.int32), (2, 0, 1))
+    octet = tl.arange(0, 2)[:, None, None]
+    scales = elements(planes[2], row, group, groups, 1, 1).to(tl.int32) >> (tl.arange(0, 2) * 3)[None, None, :]
     d = elements(planes[3], row, group, groups, 8, 1).to(tl.float32)
     scale = d * ((scales & 7) * 2 + 1).to(tl.float32) * 0.125
-    return _octets(planes[4], indices, high, pair), _octets(planes[4], indices, high, pair + 2), scale, scale
+    return _octets(planes[4], indices, high, octet), _octets(planes[4], indices, high, octet + 2), scale, scale
 
 
 IQ1_M = Format(

@@ -34,17 +34,18 @@ def _join(indices: torch.Tensor, high: torch.Tensor, scales: torch.Tensor) -> to
 @triton.jit
 def _octets(codebook, indices, high, octet):
     index = ((indices >> (octet * 8)) & 255) | ((high >> (octet * 3)) & 7) << 8
-    return group_words(octet_words(codebook, index)) | tl.where(high < 0, 0, 0x02020202)
+    return group_words(octet_words(codebook, index) | tl.where(high < 0, 0, 0x02020202)[:, :, :, None])
 
 
 @triton.jit
 def _decode(planes, row, group, columns):
     groups = columns // 32
-    indices = elements(planes[0], row, group, groups, 1, 1)
-    high = elements(planes[1], row, group, groups, 1, 1).to(tl.int32)
-    octet = tl.arange(0, 2)[None, None, :]
+    indices = tl.permute(elements(planes[0], row, group, groups, 1, 1), (2, 0, 1))
+    fields = elements(planes[1], row, group, groups, 1, 1).to(tl.int32)
+    high = tl.permute(fields, (2, 0, 1))
+    octet = tl.arange(0, 2)[:, None, None]
     d = elements(planes[2], row, group, groups, 8, 1).to(tl.float32)
-    scale = d * (((high >> 12) & 7) * 2 + 1).to(tl.float32) * 0.125
+    scale = d * (((fields >> 12) & 7) * 2 + 1).to(tl.float32) * 0.125
     return _octets(planes[3], indices, high, octet), _octets(planes[3], indices, high, octet + 2), scale, scale
 
 

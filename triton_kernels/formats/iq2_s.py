@@ -37,14 +37,12 @@ def _octets(codebook, indices, high_bits, signs, octet):
 def _decode(planes, row, group, columns):
     groups = columns // 32
     indices, signs = tl.split(elements(planes[0], row, group, groups, 1, 2))
-    indices, signs = indices[:, :, None], signs[:, :, None]
     high_bits, scales = tl.split(elements(planes[1], row, group, groups, 1, 2).to(tl.int32))
-    high_bits = high_bits[:, :, None]
-    pair = tl.arange(0, 2)[None, None, :]
-    low = _octets(planes[3], indices, high_bits, signs, pair)
-    high = _octets(planes[3], indices, high_bits, signs, pair + 2)
+    octet = tl.arange(0, 2)[:, None, None]
+    low = _octets(planes[3], indices[None], high_bits[None], signs[None], octet)
+    high = _octets(planes[3], indices[None], high_bits[None], signs[None], octet + 2)
     d = elements(planes[2], row, group, groups, 8, 1).to(tl.float32)
-    scale = d * (((scales[:, :, None] >> (pair * 4)) & 15).to(tl.float32) + 0.5) * 0.25
+    scale = d * (((scales[:, :, None] >> (tl.arange(0, 2) * 4)[None, None, :]) & 15).to(tl.float32) + 0.5) * 0.25
     return low, high, scale, scale
 
 

@@ -26,7 +26,7 @@ def _join(codes: torch.Tensor, scales: torch.Tensor, superscales: torch.Tensor) 
 
 @triton.jit
 def _octets(codebook, codes):
-    codes = codes[:, :, None] >> (tl.arange(0, 2) * 16)[None, None, :]
+    codes = codes[None] >> (tl.arange(0, 2) * 16)[:, None, None]
     return group_words(negate(octet_words(codebook, codes & 511), octet_signs(even_signs(codes >> 9))))
 
 

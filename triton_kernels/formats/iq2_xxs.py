@@ -34,12 +34,11 @@ def _octets(codebook, indices, packed, octet):
 def _decode(planes, row, group, columns):
     groups = columns // 32
     indices, packed = tl.split(elements(planes[0], row, group, groups, 1, 2))
-    indices, packed = indices[:, :, None], packed[:, :, None]
-    octet = tl.arange(0, 2)[None, None, :]
-    low = _octets(planes[2], indices, packed, octet)
-    high = _octets(planes[2], indices, packed, octet + 2)
+    octet = tl.arange(0, 2)[:, None, None]
+    low = _octets(planes[2], indices[None], packed[None], octet)
+    high = _octets(planes[2], indices[None], packed[None], octet + 2)
     d = elements(planes[1], row, group, groups, 8, 1).to(tl.float32)
-    scale = d * (((packed >> 28) & 15).to(tl.float32) + 0.5) * 0.25
+    scale = d * (((packed[:, :, None] >> 28) & 15).to(tl.float32) + 0.5) * 0.25
     return low, high, scale, scale
 
 

@@ -29,16 +29,16 @@ def _join(codes: torch.Tensor, signs: torch.Tensor, pairs: torch.Tensor, supersc
 
 @triton.jit
 def _words(codebook, indices, high_bits, signs):
-    entry = tl.arange(0, 4)[None, None, :]
-    index = ((indices[:, :, None] >> (entry * 8)) & 255) | ((high_bits[:, :, None] >> entry) & 1) << 8
-    return negate(tl.load(codebook + index), group_words(octet_signs(signs)))
+    entry = tl.arange(0, 4)[:, None, None]
+    index = ((indices[None] >> (entry * 8)) & 255) | ((high_bits[None] >> entry) & 1) << 8
+    return negate(tl.permute(tl.load(codebook + index), (1, 2, 0)), group_words(octet_signs(signs)))
 
 
 @triton.jit
 def _decode(planes, row, group, columns):
     groups = columns // 32
     low, high = tl.split(elements(planes[0], row, group, groups, 1, 2))
-    signs = elements(planes[1], row, group, groups, 1, 1) >> (tl.arange(0, 2) * 8)[None, None, :]
+    signs = tl.permute(elements(planes[1], row, group, groups, 1, 1), (2, 0, 1)) >> (tl.arange(0, 2) * 8)[:, None, None]
     high_bits, scale = tl.split(elements(planes[2], row, group, groups, 1, 2).to(tl.int32))
     d = elements(planes[3], row, group, groups, 8, 1).to(tl.float32)
     scale = d * (scale * 2 + 1).to(tl.float32)[:, :, None]

@@ -26,8 +26,9 @@ def _join(codes: torch.Tensor, scales: torch.Tensor, superscales: torch.Tensor) 
 
 @triton.jit
 def _words(codebook, indices, signs):
-    index = (indices[:, :, None] >> (tl.arange(0, 4) * 8)[None, None, :]) & 255
-    return negate(tl.load(codebook + index), group_words(octet_signs(even_signs(signs))))
+    index = (indices[None] >> (tl.arange(0, 4) * 8)[:, None, None]) & 255
+    words = tl.permute(tl.load(codebook + index), (1, 2, 0))
+    return negate(words, group_words(octet_signs(even_signs(signs))))
 
 
 @triton.jit
@@ -35,7 +36,7 @@ def _decode(planes, row, group, columns):
     groups = columns // 32
     low, high = tl.split(elements(planes[0], row, group, groups, 1, 2))
     packed = elements(planes[1], row, group, groups, 1, 1)
-    signs = packed >> (tl.arange(0, 2) * 7)[None, None, :]
+    signs = tl.permute(packed, (2, 0, 1)) >> (tl.arange(0, 2) * 7)[:, None, None]
     d = elements(planes[2], row, group, groups, 8, 1).to(tl.float32)
     scale = d * (((packed >> 28) & 15).to(tl.float32) + 0.5) * 0.5
     return _words(planes[3], low, signs), _words(planes[3], high, signs >> 14), scale, scale

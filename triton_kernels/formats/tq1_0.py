@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from trichord.triton_kernels.formats.fields import elements, group_pointers
+from trichord.triton_kernels.formats.fields import elements
 from trichord.triton_kernels.formats.format import Format, Plane
 from trichord.weight_format import WeightFormat
 
@@ -42,8 +42,8 @@ def _decode(planes, row, group, columns):
     later = (part >= 5).to(tl.int32)
     start = planes[0] + (row * (groups // 8 * 12))[:, None, None]
     word = (group // 8 * 12)[None, :, None] + index
-    low = tl.load(group_pointers(start, word + later * 8))
-    high = tl.load(group_pointers(start, word + later * 4 + 4))
+    low = tl.load(start + word + later * 8)
+    high = tl.load(start + word + later * 4 + 4)
     last = elements(planes[1], row, group, groups, 8, 1)
     digit = part + later * (part - 10)  # 0 to 4 for groups 0 to 4; 0, 2 and 4 for the others
     low = _digits(low, digit)
