@@ -28,6 +28,6 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     tokens, width = gate.shape
     output = torch.empty((tokens, width), dtype=torch.float32, device=gate.device)
     swiglu_kernel[(tokens, triton.cdiv(width, BLOCK))](
-        gate, up, output, width, gate.stride(0), up.stride(0), BLOCK=BLOCK
+        gate, up, output, width, gate.stride(0), up.stride(0), BLOCK=BLOCK, enable_fp_fusion=True
     )
     return output

@@ -319,6 +319,7 @@ def attention(
             EXACT=precision == "exact",
             SINGLE=single,
             PARTIAL=splits > 1,
+            enable_fp_fusion=True,
             **tile,
         )
         if splits > 1:
@@ -334,6 +335,7 @@ def attention(
                 BLOCK_VALUE=block_value,
                 BLOCK_KEYS=tile["BLOCK_KEYS"],
                 BLOCK_SPLITS=MAX_SPLITS,
+                enable_fp_fusion=True,
             )
 
     if max_query > 1:

@@ -77,5 +77,6 @@ def rms_norm(
         HAS_DELTA=delta is not None,
         BLOCK=block,
         num_warps=max(1, min(8, block // 256)),
+        enable_fp_fusion=True,
     )
     return output

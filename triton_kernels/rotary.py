@@ -127,4 +127,5 @@ def rotary_and_cache(
         BLOCK_PAIRS=triton.next_power_of_2(pairs),
         BLOCK_REST=triton.next_power_of_2(max(head_size - 2 * pairs, 1)),
         BLOCK_VALUE=triton.next_power_of_2(value_size),
+        enable_fp_fusion=True,
     )
