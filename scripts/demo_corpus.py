@@ -150,12 +150,20 @@ def conversation(rng: random.Random) -> list[Exchange]:
         told = tale(rng)
         questions = rng.sample(told.questions + GRAMMAR.lines["questions"], rng.choice([0, 0, 1, 2, 3]))
         return [(told.teller.line("requests"), told.text), *map(told.teller.exchange, questions)]
-    return [rng.choice([small_talk, small_talk, addition, unknown])(rng) for _ in range(rng.choice([1, 2, 3]))]
+    return [
+        rng.choice([small_talk, small_talk, addition, unknown, *[listening] * 4])(rng)
+        for _ in range(rng.choice([1, 2, 3]))
+    ]
 
 
 def small_talk(rng: random.Random) -> Exchange:
     """A greeting, a question about the model or an easy question, with its answer."""
     return Teller(rng).exchange(rng.choice(GRAMMAR.lines["small talk"]))
+
+
+def listening(rng: random.Random) -> Exchange:
+    """A few words, and a question whose answer they hold: the shortest way to learn to copy a name from the context."""
+    return Teller(rng).exchange(rng.choice(GRAMMAR.lines["listening"]))
 
 
 def addition(rng: random.Random) -> Exchange:
