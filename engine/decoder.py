@@ -211,18 +211,21 @@ class Decoder:
         """The logits (R, vocabulary) float32 of the batch's `logit_rows`; every layer's cache takes the new tokens."""
         steps: dict[torch.device, Step] = {}
         outer = self._step(steps, batch, self.outer, precision)
-        residual = self.outer.operations.embedding(outer.batch.token_ids, self.embedding)
+        # Kernels start on the current GPU, which need not be the one that a layer lies on.
+        with torch.cuda.device_of(outer.batch.token_ids):
+            residual = self.outer.operations.embedding(outer.batch.token_ids, self.embedding)
         delta = None
         for layer, cache in zip(self.layers, caches, strict=True):
             step = self._step(steps, batch, layer.place, precision)
             residual, delta = _moved(residual, delta, layer.place.device)
-            delta = layer.forward(residual, delta, step, cache)
+            with torch.cuda.device_of(residual):
+                delta = layer.forward(residual, delta, step, cache)
         residual, delta = _moved(residual, delta, self.outer.device)
         rows = outer.batch.logit_rows
-        x = self.outer.operations.rms_norm(
-            residual[rows], self.output_gain, self.config.norm_epsilon, None if delta is None else delta[rows]
-        )
-        return project(x, [self.output], precision)[0]
+        delta = None if delta is None else delta[rows]
+        with torch.cuda.device_of(residual):
+            x = self.outer.operations.rms_norm(residual[rows], self.output_gain, self.config.norm_epsilon, delta)
+            return project(x, [self.output], precision)[0]
 
     def _step(self, steps: dict[torch.device, Step], batch: Batch, place: Place, precision: Precision) -> Step:
         if place.device not in steps:

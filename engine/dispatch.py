@@ -129,6 +129,9 @@ def dispatch_matmul(x: torch.Tensor, weight: Weight, precision: Precision = "def
             f"activations of shape {tuple(x.shape)} do not fit a weight of shape {weight.shape}: "
             f"the last dimension must be {weight.in_features}"
         )
+    import torch
+
     flat = x.detach().to(device=weight.device).float().reshape(-1, weight.in_features).contiguous()
-    (y,) = matmul(flat, [weight], precision)
+    with torch.cuda.device_of(weight.data):  # kernels start on the current GPU
+        (y,) = matmul(flat, [weight], precision)
     return y.to(device=x.device, dtype=x.dtype).reshape(*x.shape[:-1], weight.out_features)
