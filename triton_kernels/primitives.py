@@ -8,49 +8,56 @@ from triton.language.target_info import current_target
 
 
 @triton.constexpr_function
-def _dot4_assembly() -> tuple[str, str]:
-    """The instruction of the target that multiplies four signed bytes by four, and its kind of register.
-
-    Empty where there is none: in the interpreter, which has no assembler, and on early RDNA.
-    """
-    target = None if _interpreted() else current_target()
+def _architecture() -> str:
+    """What to assemble for: "cuda", an AMD name such as "gfx942", or nothing in the interpreter."""
+    target = None if triton.knobs.runtime.interpret else current_target()
     if target is None:
-        return "", ""
-    if target.backend == "cuda":
-        return "dp4a.s32.s32 $0, $1, $2, $3;", "r"
-    if target.arch.startswith(("gfx906", "gfx908", "gfx90a", "gfx94", "gfx95", "gfx103")):
-        return "v_dot4_i32_i8 $0, $1, $2, $3", "v"
-    if target.arch.startswith(("gfx11", "gfx12")):
-        return "v_dot4_i32_iu8 $0, $1, $2, $3 neg_lo:[1,1,0]", "v"
-    return "", ""
-
-
-@triton.constexpr_function
-def _interpreted() -> bool:
-    return triton.knobs.runtime.interpret
+        return ""
+    return "cuda" if target.backend == "cuda" else target.arch
 
 
 @triton.jit
 def half_dot(a, b, accumulator):
     """accumulator (M, N) float32 + the matrix product of a (M, K) and b (K, N) float16."""
-    if _interpreted():  # NumPy multiplies float16 a hundred times slower; the products are exact in float32
+    if _architecture() == "":  # NumPy multiplies float16 a hundred times slower; the products are exact in float32
         return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
     else:
         return tl.dot(a, b, accumulator)
 
 
 @triton.constexpr_function
-def _look_up_assembly() -> str:
-    """PTX for `look_up`, "" for other targets.
+def _dot4_assembly() -> tuple[str, str]:
+    """The instruction that multiplies four signed bytes by four, if there is one, and its constraints."""
+    architecture = _architecture()
+    if architecture == "cuda":
+        return "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r"
+    if architecture.startswith(("gfx906", "gfx908", "gfx90a", "gfx94", "gfx95", "gfx103")):
+        return "v_dot4_i32_i8 $0, $1, $2, $3", "=v,v,v,v"
+    if architecture.startswith(("gfx11", "gfx12")):
+        return "v_dot4_i32_iu8 $0, $1, $2, $3 neg_lo:[1,1,0]", "=v,v,v,v"
+    return "", ""
 
-    `prmt` takes four bytes of the eight in two words, each by three bits of a selector's nibble, whose fourth bit must
-    be zero. So two of them look up the lower and the upper half of the table, and a third takes from the one or the
-    other by the codes' fourth bits. That serves four nibbles; the last two instructions put the bytes in order.
-    """
-    target = None if _interpreted() else current_target()
-    if target is None or target.backend != "cuda":
-        return ""
-    return """{
+
+@triton.jit
+def dot4(a, b, accumulator):
+    """accumulator + the dot product of the four signed bytes in each word of a and b; all int32, broadcast."""
+    ASSEMBLY: tl.constexpr = _dot4_assembly()[0]
+    CONSTRAINTS: tl.constexpr = _dot4_assembly()[1]
+    if ASSEMBLY == "":
+        for index in tl.static_range(4):
+            accumulator += ((a << (24 - 8 * index)) >> 24) * ((b << (24 - 8 * index)) >> 24)
+        return accumulator
+    else:
+        return tl.inline_asm_elementwise(
+            ASSEMBLY, CONSTRAINTS, [a, b, accumulator], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+# `prmt` takes four bytes of the eight in two words, each by a nibble of the selector whose fourth bit must be zero. So
+# two of them look up the lower and the upper half of the table, and a third takes from the one or the other by the
+# codes' fourth bits. That serves four nibbles; the last two instructions put the bytes of all eight in order.
+_LOOK_UP_PTX = tl.constexpr(
+    """{
         .reg .b32 i, s, a, b, c, d;
         and.b32 i, $2, 0x77777777; and.b32 s, $2, 0x88888888; shr.u32 s, s, 1; or.b32 s, s, 0x32103210;
         prmt.b32 a, $3, $4, i; prmt.b32 b, $5, $6, i; prmt.b32 c, a, b, s;
@@ -58,56 +65,44 @@ def _look_up_assembly() -> str:
         prmt.b32 a, $3, $4, i; prmt.b32 b, $5, $6, i; prmt.b32 d, a, b, s;
         prmt.b32 $0, c, d, 0x6420; prmt.b32 $1, c, d, 0x7531;
     }"""
+)
 
 
 @triton.jit
 def look_up(codes, TABLE: tl.constexpr):
-    """The bytes of TABLE (16 in four words) that the low and the high nibbles of each byte of int32 codes index."""
-    ASSEMBLY: tl.constexpr = _look_up_assembly()
-    if ASSEMBLY == "":
-        return _look_up_nibbles(codes, TABLE), _look_up_nibbles(codes >> 4, TABLE)
-    else:
+    """The bytes of TABLE, 16 in four words, that the low and the high nibble of each byte of int32 codes index."""
+    if _architecture() == "cuda":
         return tl.inline_asm_elementwise(
-            ASSEMBLY,
+            _LOOK_UP_PTX,
             "=r,=r,r,r,r,r,r",
             [codes, TABLE[0], TABLE[1], TABLE[2], TABLE[3]],
             dtype=(tl.int32, tl.int32),
             is_pure=True,
             pack=1,
         )
+    else:
+        return _look_up_low(codes, TABLE), _look_up_low(codes >> 4, TABLE)
 
 
 @triton.jit
-def _look_up_nibbles(codes, TABLE: tl.constexpr):
-    bytes = codes & 0
-    for index in tl.static_range(4):
-        code = (codes >> (8 * index)) & 15
-        word = tl.where(code < 8, tl.where(code < 4, TABLE[0], TABLE[1]), tl.where(code < 12, TABLE[2], TABLE[3]))
-        bytes |= ((word >> (8 * (code & 3))) & 255) << (8 * index)
-    return bytes
+def _look_up_low(codes, TABLE: tl.constexpr):
+    """`look_up` for the low nibbles: each half of the table by three bits, then one of the two by the fourth."""
+    upper = ((codes >> 3) & 0x01010101) * 255
+    first = _byte_permute(TABLE[0], TABLE[1], codes & 0x07070707)
+    second = _byte_permute(TABLE[2], TABLE[3], codes & 0x07070707)
+    return first ^ ((first ^ second) & upper)
 
 
 @triton.jit
-def byte(word, INDEX: tl.constexpr):
-    """Signed byte INDEX of each int32 word."""
-    return (word << (24 - 8 * INDEX)) >> 24
-
-
-@triton.jit
-def dot4(a, b, accumulator):
-    """accumulator + the dot product of the four signed bytes in each word of a and b; all int32, broadcast."""
-    ASSEMBLY: tl.constexpr = _dot4_assembly()[0]
-    REGISTER: tl.constexpr = _dot4_assembly()[1]
-    if ASSEMBLY == "":
+def _byte_permute(low, high, selector):
+    """The bytes of the words `low` and `high` that the bytes of `selector`, 0 to 7, choose."""
+    if _architecture() == "":
+        chosen = selector & 0
         for index in tl.static_range(4):
-            accumulator += byte(a, index) * byte(b, index)
-        return accumulator
+            code = (selector >> (8 * index)) & 7
+            chosen |= ((tl.where(code < 4, low, high) >> (8 * (code & 3))) & 255) << (8 * index)
+        return chosen
     else:
         return tl.inline_asm_elementwise(
-            ASSEMBLY,
-            f"={REGISTER},{REGISTER},{REGISTER},{REGISTER}",
-            [a, b, accumulator],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
+            "v_perm_b32 $0, $1, $2, $3", "=v,v,v,v", [high, low, selector], dtype=tl.int32, is_pure=True, pack=1
         )

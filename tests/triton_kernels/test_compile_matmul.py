@@ -7,43 +7,52 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 
 from trichord import triton_kernels
+from trichord.triton_kernels.formats import FORMATS
 from trichord.weight_format import Weight, WeightFormat
 
 ROWS, COLUMNS = 256, 4096
-FORMATS = sorted(triton_kernels.FUSED_FORMATS, key=lambda weight_format: weight_format.ggml_id)
-# One format of each kind, for the kernels in which only the decode function differs between formats.
-KINDS = [WeightFormat.F32, WeightFormat.BF16, WeightFormat.Q4_K, WeightFormat.Q6_K]
-NARROW = {"F16", "BF16"}  # formats of which a group fills less than 16 bytes
 FLOATS = {"F32", "F16", "BF16", "F64"}
+# Products compiled for both targets: one format of each kind, since between others only the decode function differs.
+PRODUCTS = {
+    "F32": [(1, "default"), (64, "default")],
+    "BF16": [(1, "default"), (64, "default")],
+    "Q4_K": [
+        (1, "default"),
+        (1, "fast"),
+        (1, "exact"),
+        (8, "default"),
+        (16, "default"),
+        (64, "exact"),
+        (128, "default"),
+    ],
+    "Q6_K": [(1, "default"), (8, "default"), (64, "default"), (128, "default")],
+    "MXFP4": [(1, "default"), (64, "default")],
+    "IQ3_S": [(1, "default"), (64, "default")],
+}
 
 
 def launches(target: str) -> dict[str, Callable[[], object]]:
-    """Every call to compile, by name. AMD's compiler sees each format and each kernel, but not each pair."""
+    """Every call to compile, by name. For sm_90 each format's product with one row is among them."""
     calls = {}
-    for weight_format in FORMATS:
+    for weight_format in sorted(FORMATS, key=lambda weight_format: weight_format.ggml_id):
+        name = weight_format.name
         row_bytes = weight_format.row_bytes(COLUMNS)
         data = triton_kernels.pack(torch.zeros((ROWS, row_bytes), dtype=torch.uint8), weight_format, COLUMNS)
         weight = Weight(data, weight_format, (ROWS, COLUMNS), "planes")
-        cases = [(1, "default")]
-        if target == "sm_90":
-            cases.append((64, "default"))
-        if weight_format in KINDS:
-            cases += [(8, "default"), (1, "fast"), (1, "exact"), (64, "exact"), (16, "default"), (128, "default")]
-            calls[f"{weight_format.name} embedding"] = lambda weight=weight: triton_kernels.embedding(
-                torch.zeros(3, dtype=torch.int64), weight
-            )
-            calls[f"{weight_format.name} dequantize"] = lambda weight=weight: triton_kernels.dequantize(weight)
-        for tokens, precision in cases:
+        for tokens, precision in PRODUCTS.get(name, [(1, "default")] if target == "sm_90" else []):
             x = torch.zeros((tokens, COLUMNS))
-            calls[f"{weight_format.name} {tokens} {precision}"] = lambda x=x, weight=weight, precision=precision: (
-                triton_kernels.matmul(x, [weight], precision)
-            )
+            calls[f"{name} {tokens} {precision}"] = partial(triton_kernels.matmul, x, [weight], precision)
+        if name in ("F32", "Q6_K", "IQ3_S"):
+            calls[f"{name} dequantize"] = partial(triton_kernels.dequantize, weight)
+            calls[f"{name} embedding"] = partial(triton_kernels.embedding, torch.zeros(3, dtype=torch.int64), weight)
     return calls
 
 
@@ -73,10 +82,10 @@ def test_nothing_wants_more_shared_memory_than_there_is(kernels):
 
 
 def test_many_rows_run_on_tensor_cores(kernels):
-    for call, kernel in products(kernels, "sm_90", r"(?!F32|F64)\w+ (16|64|128) default").items():
+    for call, kernel in products(kernels, "sm_90", r"(?!F32)\w+ (16|64|128) default").items():
         assert "wgmma.mma_async.sync.aligned.m64" in kernel.asm, call
         assert set(re.findall(r"wgmma[\w.]*\.f32\.(\w+)\.(\w+)", kernel.asm)) == {("f16", "f16")}, call
-    for call, kernel in products(kernels, "gfx942", r"(BF16|Q4_K|Q6_K) (16|128) default").items():
+    for call, kernel in products(kernels, "gfx942", r"(?!F32)\w+ (16|64|128) default").items():
         assert "v_mfma_f32" in kernel.asm and "_f16" in kernel.asm, call
 
 
@@ -84,7 +93,7 @@ def test_no_operand_is_rounded_to_tf32_or_bf16(kernels):
     for call, kernel in products(kernels, "sm_90", r"\w+ \d+ (default|exact)").items():
         assert "tf32" not in kernel.asm, call
         assert "cvt.rn.bf16" not in kernel.asm, call
-    for call, kernel in products(kernels, "sm_90", r"\w+ \d+ exact|(F32|F64) 64 default").items():
+    for call, kernel in products(kernels, "sm_90", r"\w+ \d+ exact|F32 64 default").items():
         assert "mma" not in kernel.asm, call
 
 
@@ -97,10 +106,15 @@ def test_few_rows_multiply_integers_four_at_a_time(kernels):
             assert "v_dot4_i32_i8" in kernel.asm, call
 
 
-def test_few_rows_load_codes_and_activations_16_bytes_at_a_time(kernels):
-    for call, kernel in products(kernels, "sm_90", r"\w+ 1 default").items():
-        wide = len(re.findall(r"ld\.global[\w.]*\.(?:v4\.b32|v2\.b64)", kernel.asm))
-        name = call.split()[0]
-        activations = 1 if name in FLOATS else 4
-        codes = 4 if name not in NARROW else 0  # one load for each of the rows of a program
-        assert wide >= activations + codes, call
+def test_few_rows_load_16_bytes_of_activations_and_a_group_of_codes_at_once(kernels):
+    for call, kernel in products(kernels, "sm_90", r"(?!F64)\w+ 1 default").items():
+        loads = Counter(int(width) for width in re.findall(r"ld\.global[\w.]*\.v(\d)\.b32", kernel.asm))
+        format = FORMATS[WeightFormat[call.split()[0]]]
+        activations = 4 if format.integer else 1
+        codes = min(4, format.planes[0].size * format.group_size // format.planes[0].weights // 4)
+        rows = 4  # of the weight in a program
+        if codes == 4:
+            assert loads[4] >= activations + rows, call
+        else:
+            assert loads[4] >= activations, call
+            assert codes == 1 or loads[codes] >= rows, call
