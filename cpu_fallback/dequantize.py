@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from trichord.cpu_fallback.decode import DECODERS, chunk
 from trichord.weight_format import WeightFormat
 
 _PLAIN = {
-    WeightFormat.F64: "<f8",
     WeightFormat.I8: "i1",
     WeightFormat.I16: "<i2",
     WeightFormat.I32: "<i4",
@@ -39,21 +36,53 @@ class NumpyBlock:
         """Signed bytes."""
         return self._load(offset, count, "i1")
 
+    def u16(self, offset: int, count: int = 1) -> np.ndarray:
+        """Unsigned numbers of 16 bits."""
+        return self._load(offset, count, "<u2")
+
+    def u32(self, offset: int, count: int = 1) -> np.ndarray:
+        """Unsigned numbers of 32 bits."""
+        return self._load(offset, count, "<u4")
+
     def f16(self, offset: int, count: int = 1) -> np.ndarray:
         """IEEE halves, as float32."""
-        return self._load(offset, count, "<f2").astype(np.float32)
+        return self.half(self.u16(offset, count))
 
     def bf16(self, offset: int, count: int = 1) -> np.ndarray:
         """The upper halves of float32 numbers, as float32."""
-        return (self._load(offset, count, "<u2").astype(np.uint32) << 16).view(np.float32)
+        return (self.u16(offset, count).astype(np.uint32) << 16).view(np.float32)
 
     def f32(self, offset: int, count: int = 1) -> np.ndarray:
         """float32 numbers."""
         return self._load(offset, count, "<f4").astype(np.float32, copy=False)
 
+    def f64(self, offset: int, count: int = 1) -> np.ndarray:
+        """float64 numbers, as float32."""
+        return self._load(offset, count, "<f8").astype(np.float32)
+
     def float(self, vector: np.ndarray) -> np.ndarray:
         """The same numbers as float32."""
         return vector.astype(np.float32)
+
+    def half(self, vector: np.ndarray) -> np.ndarray:
+        """16 bits each, read as IEEE halves, as float32."""
+        return vector.view(np.float16).astype(np.float32)
+
+    def wide(self, vector: np.ndarray) -> np.ndarray:
+        """Unsigned bytes as numbers of 16 bits."""
+        return vector.astype(np.uint16)
+
+    def signed(self, vector: np.ndarray) -> np.ndarray:
+        """Unsigned bytes read as signed ones."""
+        return vector.view(np.int8)
+
+    def masks(self, vector: np.ndarray) -> np.ndarray:
+        """One byte for each bit of unsigned bytes, from the lowest up: 255 where it is set, else 0."""
+        return np.unpackbits(vector, axis=1, bitorder="little") * np.uint8(255)
+
+    def look_up(self, table: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """The entries of a table (n,) or (n, length), uint8 or float32, one after the other."""
+        return table[indices].reshape(len(indices), -1)
 
     def concat(self, *vectors: np.ndarray) -> np.ndarray:
         """One after the other."""
@@ -67,28 +96,19 @@ class NumpyBlock:
 def dequantize_rows(rows: np.ndarray, format: WeightFormat) -> np.ndarray:
     """Packed rows (R, row_bytes) uint8 -> float32 (R, columns), for every known format.
 
-    Bit for bit ggml's values for the formats of `decode`. Raises ValueError when the bytes are not whole blocks.
+    Bit for bit ggml's values. Raises ValueError when the bytes are not whole blocks.
     """
     blocks, rest = divmod(rows.shape[1], format.block_bytes)
     if rest:
         raise ValueError(f"a row of {rows.shape[1]} bytes is not a whole number of {format.name} blocks")
-    convert = _converter(format)
+    if format in _PLAIN:
+        return np.ascontiguousarray(rows).view(_PLAIN[format]).astype(np.float32)
     values = np.empty((len(rows), blocks * format.block_size), np.float32)
     step = max(1, _TILE_BYTES // max(1, rows.shape[1]))
     with np.errstate(all="ignore"):  # any bytes are a legal block; infinite scales are computed through
         for first in range(0, len(rows), step):
-            values[first : first + step] = convert(np.ascontiguousarray(rows[first : first + step]))
+            values[first : first + step] = _decode_rows(np.ascontiguousarray(rows[first : first + step]), format)
     return values
-
-
-def _converter(format: WeightFormat) -> Callable[[np.ndarray], np.ndarray]:
-    if format in _PLAIN:
-        return lambda rows: rows.view(_PLAIN[format])
-    if format in DECODERS:
-        return lambda rows: _decode_rows(rows, format)
-    from gguf import GGMLQuantizationType, quants
-
-    return lambda rows: quants.dequantize(rows, GGMLQuantizationType(format.ggml_id))
 
 
 def _decode_rows(rows: np.ndarray, format: WeightFormat) -> np.ndarray:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 from llvmlite import ir
 from numba.core import cgutils
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-F16, F32 = ir.HalfType(), ir.FloatType()
+F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 _BITS = {I8: 8, I16: 16, F16: 16, I32: 32, F32: 32, I64: 64}
 
 
@@ -114,6 +115,11 @@ class Vector:
     def __truediv__(self, other: Vector | float) -> Vector:
         return self._binary(other, "", "fdiv")
 
+    def __neg__(self) -> Vector:
+        if self.halves:  # turned before they are converted, which happens in one go
+            return self.emitter.from_half(self.halves ^ 0x8000)
+        return self.make(self.emitter.builder.fneg(self.value))
+
     def _compare(self, operator: str, other: Vector | float) -> Vector:
         if not isinstance(other, Vector):
             other = self.make(self.emitter.constant(self.element, other))
@@ -135,6 +141,7 @@ class Emitter:
         self.builder = builder
         self.avx2 = "+avx2" in features
         self._native_half = "+f16c" in features or not triple.startswith(("x86_64", "i686"))
+        self._tables: dict[int, ir.GlobalVariable] = {}
 
     def constant(self, element: ir.Type, number: float, count: int = 1) -> ir.Constant:
         """The same number in every lane."""
@@ -178,10 +185,46 @@ class Emitter:
         value.align = 1
         return Vector(self, value, signed)
 
+    def look_up(self, table: np.ndarray, indices: Vector) -> Vector:
+        """The entries of a constant table, one after the other: numbers, or rows of 4 or 8 bytes."""
+        size, element = table.nbytes // len(table), F32 if table.dtype == np.float32 else I8
+        if len(table) == 16 and size == 1:
+            return self._look_up_bytes(table, indices)
+        if id(table) not in self._tables:
+            data = ir.Constant(ir.ArrayType(I8, table.nbytes), bytearray(table.tobytes()))
+            name = self.builder.module.get_unique_name("table")
+            self._tables[id(table)] = cgutils.global_constant(self.builder.module, name, data)
+        start = self.builder.bitcast(self._tables[id(table)], I8.as_pointer())
+        whole, wide = ir.IntType(8 * size), self.as_vector(indices.integer(I64).value)
+        entries = ir.Constant(ir.VectorType(whole, indices.count), ir.Undefined)
+        for i in range(indices.count):
+            pointer = self.move(start, self.builder.mul(self.builder.extract_element(wide, I32(i)), I64(size)))
+            entries = self.builder.insert_element(entries, self.load(pointer, whole).value, I32(i))
+        return Vector(self, self.builder.bitcast(entries, _type(element, table.size // len(table) * indices.count)))
+
+    def _look_up_bytes(self, table: np.ndarray, indices: Vector) -> Vector:
+        """Bytes of a table of 16 at indices of 4 bits."""
+        if self.avx2 and indices.count == 32:
+            twice = ir.Constant(ir.VectorType(I8, 32), [int(byte) for byte in table] * 2)
+            return indices.make(self.call("llvm.x86.avx2.pshuf.b", indices.value.type, twice, indices.value))
+        left = [indices.make(self.constant(I8, int(byte), indices.count)) for byte in table]
+        for bit in range(4):  # each bit of the index chooses among half as many
+            chosen = ((indices >> bit) & 1) * 255
+            left = [a ^ ((a ^ b) & chosen) for a, b in zip(left[::2], left[1::2], strict=True)]
+        return left[0]
+
     def store(self, vector: Vector, pointer: ir.Value) -> None:
         """Lanes to any address."""
         target = self.builder.bitcast(pointer, vector.value.type.as_pointer())
         self.builder.store(vector.value, target).align = 1
+
+    def prefetch(self, pointer: ir.Value) -> None:
+        """Start to bring a cache line close; any address will do."""
+        arguments = [pointer, *(I32(flag) for flag in (0, 3, 1))]  # to read, to keep, data
+        function_type = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
+        self.builder.call(
+            self.builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], function_type), arguments
+        )
 
     def variable(self, initial: Vector) -> ir.Value:
         """Where a value lives that changes in loops: a register in the end."""
@@ -292,9 +335,17 @@ class LlvmBlock:
         """Signed bytes."""
         return self._load(offset, I8, count, signed=True)
 
+    def u16(self, offset: int, count: int = 1) -> Vector:
+        """Unsigned numbers of 16 bits."""
+        return self._load(offset, I16, count)
+
+    def u32(self, offset: int, count: int = 1) -> Vector:
+        """Unsigned numbers of 32 bits."""
+        return self._load(offset, I32, count)
+
     def f16(self, offset: int, count: int = 1) -> Vector:
         """IEEE halves, as float32."""
-        return self._emitter.from_half(self._load(offset, I16, count))
+        return self.half(self.u16(offset, count))
 
     def bf16(self, offset: int, count: int = 1) -> Vector:
         """The upper halves of float32 numbers, as float32."""
@@ -304,9 +355,36 @@ class LlvmBlock:
         """float32 numbers."""
         return self._load(offset, F32, count)
 
+    def f64(self, offset: int, count: int = 1) -> Vector:
+        """float64 numbers, as float32."""
+        numbers = self._load(offset, F64, count)
+        return numbers.make(self._emitter.builder.fptrunc(numbers.value, _type(F32, count)))
+
     def float(self, vector: Vector) -> Vector:
         """The same numbers as float32."""
         return vector.float()
+
+    def half(self, vector: Vector) -> Vector:
+        """16 bits each, read as IEEE halves, as float32."""
+        return self._emitter.from_half(vector)
+
+    def wide(self, vector: Vector) -> Vector:
+        """Unsigned bytes as numbers of 16 bits."""
+        return vector.integer(I16)
+
+    def signed(self, vector: Vector) -> Vector:
+        """Unsigned bytes read as signed ones."""
+        return vector.as_signed()
+
+    def masks(self, vector: Vector) -> Vector:
+        """One byte for each bit of unsigned bytes, from the lowest up: 255 where it is set, else 0."""
+        emitter, count = self._emitter, 8 * vector.count
+        bits = emitter.builder.bitcast(vector.value, ir.VectorType(ir.IntType(1), count))
+        return vector.make(emitter.builder.sext(bits, ir.VectorType(I8, count)))
+
+    def look_up(self, table: np.ndarray, indices: Vector) -> Vector:
+        """The entries of a table (n,) or (n, length), uint8 or float32, one after the other."""
+        return self._emitter.look_up(table, indices)
 
     def concat(self, *vectors: Vector) -> Vector:
         """One after the other."""
