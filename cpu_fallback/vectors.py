@@ -222,9 +222,8 @@ class Emitter:
         """Start to bring a cache line close; any address will do."""
         arguments = [pointer, *(I32(flag) for flag in (0, 3, 1))]  # to read, to keep, data
         function_type = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
-        self.builder.call(
-            self.builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], function_type), arguments
-        )
+        function = self.builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], function_type)
+        self.builder.call(function, arguments)
 
     def variable(self, initial: Vector) -> ir.Value:
         """Where a value lives that changes in loops: a register in the end."""
