@@ -12,7 +12,7 @@ from support import relative_error
 from tiny_model import BOS, EOS, write_tiny_model
 
 from trichord import LLM, SamplingParams
-from trichord.errors import DeviceError, GGUFError, ModelError, RequestError, TokenizerError
+from trichord.errors import DeviceError, GGUFError, ModelError, RequestError, TokenizerError, TrichordError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
@@ -307,3 +307,29 @@ def test_models_that_do_not_fit_their_metadata(tmp_path, path):
         rewritten("zero.gguf", lambda fields, tensors: fields.update({"llama.attention.head_count": 0}))
     with pytest.raises(ModelError, match="token_embd"):
         rewritten("vocabulary.gguf", lambda fields, tensors: tensors.pop("token_embd.weight"))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_damaged_file_gives_a_result_or_one_clear_error(tmp_path, path):
+    """Overwrites the header, from its counts to the tensor table, at seeded places."""
+    data = path.read_bytes()
+    header = data.index(b"blk.1.ffn_down.weight") + 64
+    rng = random.Random(0)
+    outcomes = set()
+    for case in range(120):
+        damaged = bytearray(data)
+        for _ in range(rng.choice([1, 1, 2, 4])):
+            at, width = rng.randrange(8, header), rng.choice([1, 4, 8])
+            damaged[at : at + width] = rng.choice([rng.randbytes(width), b"\xff" * width, bytes(width)])
+        target = tmp_path / f"{case}.gguf"
+        target.write_bytes(damaged)
+        try:
+            damaged_llm = LLM(target, device="cpu", max_sequences=1)
+            damaged_llm.logits([1, 2])
+            if damaged_llm.tokenizer:
+                damaged_llm.generate("hé", SamplingParams(max_tokens=1))
+            outcomes.add("result")
+        except TrichordError as error:
+            assert "\n" not in str(error)
+            outcomes.add("error")
+    assert outcomes == {"result", "error"}
