@@ -107,6 +107,7 @@ class LlamaCpp:
             raise RuntimeError(f"llama.cpp cannot load {model}")
         params = api.llama_context_default_params()
         params.n_ctx = context
+        params.n_batch = max(params.n_batch, context)
         params.n_threads = params.n_threads_batch = threads
         self._context = api.llama_init_from_model(self._model, params)
         self.load_seconds = time.perf_counter() - started
