@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
-import pytest
 import torch
 from support import parity
 
@@ -20,14 +19,22 @@ def _arrays() -> dict[str, np.ndarray]:
         return dict(file)
 
 
+def has_golden(weight_format: WeightFormat, kind: str) -> bool:
+    """Whether `golden` has something to give."""
+    return _key(weight_format, kind) + "blocks" in _arrays()
+
+
 def golden(weight_format: WeightFormat, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """(blocks (rows, row_bytes) uint8, values (rows, 512) float32); kind "quantized" has 16 rows of weights that GGML
-    quantized, "random" 64 rows of random bytes. The test is skipped where the file has no such data."""
-    prefix = "random_" if kind == "random" else ""
-    try:
-        return _arrays()[f"{weight_format.name}.{prefix}blocks"], _arrays()[f"{weight_format.name}.{prefix}values"]
-    except KeyError:
-        pytest.skip(f"formats.npz has no {kind} {weight_format.name}")
+    """(blocks (rows, row_bytes) uint8, values (rows, 512) float32).
+
+    Kind "quantized" has 16 rows of weights that GGML quantized, "random" 64 rows of random bytes.
+    """
+    key = _key(weight_format, kind)
+    return _arrays()[key + "blocks"], _arrays()[key + "values"]
+
+
+def _key(weight_format: WeightFormat, kind: str) -> str:
+    return f"{weight_format.name}.{'random_' if kind == 'random' else ''}"
 
 
 def golden_blocks(weight_format: WeightFormat, rows: int, columns: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

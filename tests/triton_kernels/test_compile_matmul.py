@@ -39,14 +39,22 @@ PRODUCTS = {
 }
 
 
+def zeros(weight_format: WeightFormat, rows: int, columns: int) -> Weight:
+    blocks = torch.zeros((rows, weight_format.row_bytes(columns)), dtype=torch.uint8)
+    data = triton_kernels.pack(blocks, weight_format, columns)
+    return Weight(data, weight_format, (rows, columns), "planes")
+
+
 def launches(target: str) -> dict[str, Callable[[], object]]:
     """Every call to compile, by name. For sm_90 each format's product with one row is among them."""
     calls = {}
+    # Triton takes arguments that are 1 as constants, which have no methods.
+    for name, columns in ("F32", 1), ("Q8_0", 32):
+        for tokens in 1, 9:
+            x, weight = torch.zeros((tokens, columns)), zeros(WeightFormat[name], 1, columns)
+            calls[f"one row of {name}, {tokens} rows of x"] = partial(triton_kernels.matmul, x, [weight], "default")
     for weight_format in sorted(FORMATS, key=lambda weight_format: weight_format.ggml_id):
-        name = weight_format.name
-        row_bytes = weight_format.row_bytes(COLUMNS)
-        data = triton_kernels.pack(torch.zeros((ROWS, row_bytes), dtype=torch.uint8), weight_format, COLUMNS)
-        weight = Weight(data, weight_format, (ROWS, COLUMNS), "planes")
+        name, weight = weight_format.name, zeros(weight_format, ROWS, COLUMNS)
         for tokens, precision in PRODUCTS.get(name, [(1, "default")] if target == "sm_90" else []):
             x = torch.zeros((tokens, COLUMNS))
             calls[f"{name} {tokens} {precision}"] = partial(triton_kernels.matmul, x, [weight], precision)

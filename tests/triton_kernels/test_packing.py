@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from golden_weights import golden_blocks, packed
+from golden_weights import golden_blocks, has_golden, packed
 
 import trichord.triton_kernels.formats.format as format_module
 from trichord import triton_kernels
@@ -14,6 +14,7 @@ from trichord.triton_kernels.formats.fields import merge, spread
 from trichord.weight_format import WeightFormat
 
 EVERY = pytest.mark.parametrize("format", FORMATS.values(), ids=repr)
+IN_GOLDEN = [format for format in FORMATS.values() if has_golden(format.weight_format, "quantized")]
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
@@ -42,7 +43,7 @@ def test_planes_of_odd_row_counts_are_aligned_and_disjoint(format):
     assert end == data.numel()
 
 
-@EVERY
+@pytest.mark.parametrize("format", IN_GOLDEN, ids=repr)
 def test_packing_a_chunk_at_a_time_changes_nothing(format, monkeypatch):
     blocks, _ = golden_blocks(format.weight_format, 7, 512)
     blocks = torch.from_numpy(blocks)
