@@ -6,8 +6,8 @@ is False and the callers take their NumPy route.
 Numba's own disk cache looks at one file's time stamp and misses edits of everything else a kernel calls, and never hits
 for functions built around generated intrinsics. Here each compiled function is one file in a directory named after a
 hash of everything the machine code depends on: all sources of this package, the CPU's features and the versions of
-Python, NumPy, Numba and llvmlite. A changed source or machine is a new directory; the least recently used are removed.
-A cache that cannot be read or written is no error, only a slower start.
+Python, NumPy, Numba, llvmlite and gguf (whose codebooks are compiled in). A changed source or machine is a new
+directory; the least recently used are removed. A cache that cannot be read or written is no error, only a slower start.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import shutil
 import sys
 import tempfile
 import threading
+from importlib import metadata
 from math import ceil
 from pathlib import Path
 from types import FunctionType
@@ -185,30 +186,29 @@ def cache_root() -> Path:
 
 @functools.cache
 def _key_directory() -> Path | None:
-    """The directory of this combination of sources, CPU and versions, made if need be; None without sources."""
+    """The directory of this combination of sources, CPU and versions, made if need be; None where there can be none."""
     import llvmlite
     import numba
     from numba.core.registry import cpu_target
 
-    package = Path(__file__).parent
-    geometry = sys.modules.get("trichord.weight_format")
-    sources = sorted(package.glob("*.py")) + ([Path(geometry.__file__)] if geometry else [])
-    digest = hashlib.sha256()
-    try:
-        for source in sources:
-            digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    except OSError:
-        return None
+    from trichord import weight_format
+
     target = cpu_target.target_context.codegen().magic_tuple()
-    versions = platform.python_version(), np.__version__, numba.__version__, llvmlite.__version__, numba.config.OPT
-    digest.update(repr((target, versions)).encode())
+    modules = np, numba, llvmlite
+    versions = [platform.python_version(), *(module.__version__ for module in modules), metadata.version("gguf")]
+    digest = hashlib.sha256(repr((target, versions, numba.config.OPT)).encode())
     try:
+        for source in [*sorted(Path(__file__).parent.glob("*.py")), Path(weight_format.__file__)]:
+            digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
         directory = cache_root() / digest.hexdigest()[:20]
+    except (OSError, RuntimeError):  # no sources beside the byte code; no home directory
+        return None
+    with contextlib.suppress(OSError):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if hasattr(os, "getuid") and directory.stat().st_uid != os.getuid():
+            return None  # loading a file may run code: only the user's own
         os.utime(directory)
         _remove_stale(directory.parent)
-    except (OSError, RuntimeError):  # RuntimeError: no home directory
-        pass
     return directory
 
 
