@@ -9,7 +9,12 @@ from support import parity, relative_error
 from trichord import LLM
 
 ARCHITECTURES = ["llama-dense", "llama-rope-base", "llama-rope-linear", "llama-rope-yarn", "qwen2-dense"]
-QUANTS = ["F16", "BF16", "Q4_0", "Q8_0", "Q4_K_S", "Q5_K_S", "Q6_K"]
+QUANTS = [f"llama-{name}" for name in (
+    *("F16", "BF16", "Q1_0", "Q2_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+    *("Q2_K", "Q3_K_S", "Q4_K_S", "Q5_K_S", "Q6_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S"),
+    *("IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "dense-Q4_K_M"),
+)] + ["qwen2-dense-Q4_K_M"]  # fmt: skip
+STEPPED = ["llama-F16", "llama-Q5_0", "llama-Q6_K", "llama-IQ3_XXS", "qwen2-dense-Q4_K_M"]
 # Exact logits agree to float32 rounding; on the GPU sums run in another order, and transcendentals are coarser.
 EXACT = {"cpu": 1e-5, "cuda": 1e-4}
 
@@ -43,19 +48,18 @@ def test_prefill_agrees_with_token_by_token(name, chunk):
 
 @pytest.mark.parametrize("quant", QUANTS)
 def test_quantized_logits_are_exact(quant):
-    llm, reference = model(f"quants/llama-{quant}", precision="exact")
+    llm, reference = model(f"quants/{quant}", precision="exact")
     assert relative_error(llm.logits(reference["tokens"]), reference["exact"]) < 1e-5
 
 
-@pytest.mark.parametrize("chunk", [1, 48])
 @pytest.mark.parametrize("precision", ["default", "fast"])
-@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize(("quant", "chunk"), [(quant, 48) for quant in QUANTS] + [(quant, 1) for quant in STEPPED])
 def test_quantized_logits_are_nearer_the_truth_than_llama_cpps(quant, precision, chunk):
-    llm, reference = model(f"quants/llama-{quant}", precision=precision, max_batch_tokens=chunk)
+    llm, reference = model(f"quants/{quant}", precision=precision, max_batch_tokens=chunk)
     error = relative_error(llm.logits(reference["tokens"]), reference["exact"])
     theirs = relative_error(reference["llama_cpp"], reference["exact"])
     # "fast" rounds as llama.cpp does, so that the two differ by a few percent of their error either way.
-    bound = {"F16": 4e-4, "BF16": 2.2e-3}.get(quant, 1e-3 if precision == "default" else 1.05 * theirs)
+    bound = {"llama-F16": 4e-4, "llama-BF16": 2.2e-3}.get(quant, 1e-3 if precision == "default" else 1.05 * theirs)
     assert error < bound
 
 
