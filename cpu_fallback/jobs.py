@@ -1,25 +1,35 @@
-"""A table of jobs, each a kernel over the rows of one weight, worked off by all threads in one parallel region.
+"""A table of jobs, each a kernel over rows, and the threads that work it off.
 
 A kernel is compiled machine code with the C signature `void (const int64 *job, int64 first_row, int64 last_row)`; its
-job is a row of the table, the fields below. Threads take the next chunk of rows from a common counter, so a slow core
-or a thread that lost its turn holds up nobody: with equal shares, one late thread delays every product of a model.
+job is a row of the table, the fields below.
+
+The caller of `run` works itself. Helpers, threads that wait in machine code without the GIL, join when they notice: all
+take the next chunk of rows from a common counter, and the caller waits at the end only for chunks in work, never for a
+helper that has not come. So a slow core or a busy machine costs its share and no more; with the usual equal shares and
+a barrier, each of the hundred products of a token would wait for the latest thread.
 """
 
 from __future__ import annotations
 
+import atexit
+import ctypes
+import os
+import sys
+import threading
 from collections.abc import Callable
 from types import FunctionType
 
 import numpy as np
 from llvmlite import ir
-from numba import prange, types
+from numba import carray, types
 from numba.extending import intrinsic
 
 from trichord.cpu_fallback.jit import compile_address, compiled, threads
+from trichord.cpu_fallback.native import pointer
 from trichord.cpu_fallback.vectors import I64, Emitter
 
-_WORTH_WAKING = 1 << 18
-"""Products of smaller jobs than this are done before other threads have woken, and depend on no scheduler."""
+_WORTH_HELP = 1 << 18
+"""Products of smaller jobs than this are done before a helper has come."""
 
 FIELDS = (
     "kernel",  # address of the machine code
@@ -65,14 +75,14 @@ def _kernel(job, first, last):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _take(typing_context, counter):  # type: ignore[no-untyped-def]
-    """counter[0]++, atomically."""
+def _add(typing_context, place, number):  # type: ignore[no-untyped-def]
+    """place[0] += number, atomically and in one order for all threads; what it was before."""
 
     def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         array = context.make_array(signature.args[0])(context, builder, arguments[0])
-        return builder.atomic_rmw("add", array.data, ir.Constant(ir.IntType(64), 1), "monotonic")
+        return builder.atomic_rmw("add", array.data, arguments[1], "seq_cst")
 
-    return types.int64(counter), emit
+    return types.int64(place, types.int64), emit
 
 
 @intrinsic
@@ -90,10 +100,22 @@ def _call(typing_context, jobs, job, first, last):  # type: ignore[no-untyped-de
     return types.void(jobs, types.int64, types.int64, types.int64), emit
 
 
+@intrinsic
+def _yield(typing_context, function):  # type: ignore[no-untyped-def]
+    """Call the operating system's function at this address, which lets other threads run."""
+
+    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        kind = ir.FunctionType(ir.IntType(32), [])
+        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), emit
+
+
 @compiled
 def _work(jobs, counter):  # type: ignore[no-untyped-def]
     while True:
-        chunk, job = _take(counter), 0
+        chunk, job = _add(counter, 1), 0
         while job < len(jobs):
             rows, chunk_rows = jobs[job, 1], jobs[job, 2]
             chunks = (rows + chunk_rows - 1) // chunk_rows
@@ -107,17 +129,109 @@ def _work(jobs, counter):  # type: ignore[no-untyped-def]
         _call(jobs, job, first, min(first + chunk_rows, rows))
 
 
-@compiled(parallel=True)
-def _work_together(jobs, counter, workers):  # type: ignore[no-untyped-def]
-    for _ in prange(workers):
-        _work(jobs, counter)
+# What the threads share: one number in each of a cache line's worth, so that writing one disturbs no reader of another.
+_ROUND, _COUNTER, _INSIDE, _ASLEEP, _TABLE, _JOBS, _HELPERS = range(0, 56, 8)
+_STOP = -1  # in place of the number of helpers
+_POLLS = 500
+"""Turns a helper waits for the next table before it sleeps: some 200 microseconds, the gaps within a model's step."""
+
+
+@compiled
+def _lead(shared, yield_):  # type: ignore[no-untyped-def]
+    """The caller's part of a round, which is open while its number is odd."""
+    jobs = carray(pointer(shared[_TABLE]), (shared[_JOBS], len(FIELDS)), np.int64)
+    _work(jobs, shared[_COUNTER:])
+    _add(shared[_ROUND:], 1)
+    while _add(shared[_INSIDE:], 0) != 0:
+        _yield(yield_)
+
+
+@compiled
+def _help(shared, number, yield_):  # type: ignore[no-untyped-def]
+    """Helper `number`'s part of all rounds, until there has been none for a while or all are to stop."""
+    done, polls = 0, 0
+    while polls < _POLLS and shared[_HELPERS] != _STOP:
+        round_ = _add(shared[_ROUND:], 0)
+        if round_ % 2 == 0 or round_ == done or number >= shared[_HELPERS]:
+            polls += 1
+            _yield(yield_)
+            continue
+        _add(shared[_INSIDE:], 1)
+        if _add(shared[_ROUND:], 0) == round_:  # still open, and now it stays so until this helper is out
+            jobs = carray(pointer(shared[_TABLE]), (shared[_JOBS], len(FIELDS)), np.int64)
+            _work(jobs, shared[_COUNTER:])
+        _add(shared[_INSIDE:], -1)
+        done, polls = round_, 0
+    _add(shared[_ASLEEP:], 1)
+
+
+@compiled
+def _open(shared):  # type: ignore[no-untyped-def]
+    """Opens a round; how many helpers are to be woken."""
+    _add(shared[_ROUND:], 1)
+    asleep = _add(shared[_ASLEEP:], 0)
+    _add(shared[_ASLEEP:], -asleep)
+    return asleep
+
+
+class _Crew:
+    """The helpers, started when first needed."""
+
+    def __init__(self) -> None:
+        self.shared, self.busy, self.bell = np.zeros(64, np.int64), threading.Lock(), threading.Semaphore(0)
+        self.helpers: list[threading.Thread] = []
+
+    def lead(self, table: np.ndarray, workers: int) -> None:
+        """Work off a table together; `busy` must be held."""
+        while len(self.helpers) < workers - 1:
+            helper = threading.Thread(target=self._serve, args=(len(self.helpers),), daemon=True)
+            self.helpers.append(helper)
+            helper.start()
+        shared = self.shared
+        shared[_COUNTER], shared[_TABLE], shared[_JOBS] = 0, table.ctypes.data, len(table)
+        shared[_HELPERS] = workers - 1
+        if asleep := _open(shared):
+            self.bell.release(asleep)
+        _lead(shared, _yield_address)
+
+    def _serve(self, number: int) -> None:
+        while self.shared[_HELPERS] != _STOP:
+            _help(self.shared, number, _yield_address)
+            self.bell.acquire()
+
+    def stop(self) -> None:
+        """Machine code goes away with the interpreter: no helper may be in it by then."""
+        self.shared[_HELPERS] = _STOP
+        self.bell.release(len(self.helpers) + 1)
+        for helper in self.helpers:
+            helper.join()
+
+
+def _operating_system_yield() -> int:
+    function = ctypes.windll.kernel32.SwitchToThread if sys.platform == "win32" else ctypes.CDLL(None).sched_yield
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+def _new_crew() -> None:
+    global _crew
+    _crew = _Crew()
+
+
+_yield_address = _operating_system_yield()
+_new_crew()
+atexit.register(lambda: _crew.stop())
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_crew)  # threads stay behind in the parent
 
 
 def run(jobs: list[dict[str, int]]) -> None:
     """Work off the jobs, dictionaries of `FIELDS` (those a kernel does not read may be missing)."""
     table = np.array([job.get(field, 0) for job in jobs for field in FIELDS], np.int64).reshape(-1, len(FIELDS))
-    counter = np.zeros(1, np.int64)
-    if sum(job["rows"] * job["columns"] * job.get("tokens", 1) for job in jobs) < _WORTH_WAKING:
-        _work(table, counter)
-    else:
-        _work_together(table, counter, threads())
+    products = sum(job["rows"] * job["columns"] * job.get("tokens", 1) for job in jobs)
+    if products < _WORTH_HELP or (workers := threads()) == 1 or not _crew.busy.acquire(blocking=False):
+        _work(table, np.zeros(1, np.int64))  # alone; so do all but one of several callers at once
+        return
+    try:
+        _crew.lead(table, workers)
+    finally:
+        _crew.busy.release()
