@@ -36,7 +36,7 @@ class Kernel:
     spills: int
 
 
-def compile_launches(file: str, timeout: float = 300) -> dict[str, dict[str, list[Kernel]]]:
+def compile_launches(file: str, timeout: float = 900) -> dict[str, dict[str, list[Kernel]]]:
     """Makes the calls that `launches(target)` in the Python file `file` names -> kernels[target][call], in order.
 
     One process a target, side by side. Raises RuntimeError with the compiler's own words when one fails.

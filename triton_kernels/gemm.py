@@ -55,7 +55,7 @@ def gemm_kernel(
             values = tl.load(x + (start + column)[:, None], mask=(start + column < stride)[:, None], other=0.0)
         weights = tl.reshape(weights, (BLOCK_ROWS, BLOCK_COLUMNS))
         if EXACT:
-            product = tl.dot(weights.to(tl.float32), values, input_precision="ieee")
+            product = tl.dot(weights, values, input_precision="ieee")
             # Not `+=`, which Triton folds into the dot: one running sum over all columns would round more.
             accumulator = tl.fma(product, 1.0, accumulator)
         else:

@@ -10,7 +10,6 @@ from trichord.triton_kernels.activations import Activations
 from trichord.triton_kernels.formats import Format
 from trichord.triton_kernels.launch import launches
 from trichord.triton_kernels.primitives import dot4
-from trichord.triton_kernels.tile import decode_tile
 
 
 @triton.jit
@@ -43,8 +42,8 @@ def _integer_products(planes, activations, row, group, token, columns, FORMAT: t
 
 @triton.jit
 def _float_products(planes, x, row, group, token, columns, FORMAT: tl.constexpr):
-    """Products of each group in float32 -> (T, R, G)."""
-    weights = decode_tile(planes, row, group, columns, FORMAT).to(tl.float32)
+    """Products of each group of a float format, in float32 -> (T, R, G)."""
+    weights = FORMAT.decode(planes, row, group, columns)
     column = (group * FORMAT.group_size)[None, None, :, None] + tl.arange(0, FORMAT.group_size)[None, None, None, :]
     values = tl.load(x + (token * columns)[:, None, None, None] + column, mask=column < columns, other=0.0)
     return tl.sum(weights[None] * values, axis=3)
@@ -66,8 +65,8 @@ def gemv_kernel(
 ):
     """y (tokens, rows) = x times the transposed weight, BLOCK_ROWS rows of the weight a program.
 
-    `activations` are the limbs, scales and sums of x, or x itself where LIMBS is 0. Indices past the end read the
-    last element instead, and what they give is dropped.
+    `activations` are the limbs, scales and sums of x for an integer format, x itself for a float format. Indices past
+    the end read the last element instead, and what they give is dropped.
     """
     groups = tl.cdiv(columns, FORMAT.group_size)
     index = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -77,10 +76,10 @@ def gemv_kernel(
     for start in range(0, groups, BLOCK_GROUPS):
         group = start + tl.arange(0, BLOCK_GROUPS)
         inside = tl.minimum(group, groups - 1)
-        if LIMBS == 0:
-            products = _float_products(planes, activations[0], row, inside, token, columns, FORMAT)
-        else:
+        if FORMAT.integer:
             products = _integer_products(planes, activations, row, inside, token, columns, FORMAT, LIMBS)
+        else:
+            products = _float_products(planes, activations[0], row, inside, token, columns, FORMAT)
         accumulator += tl.where((group < groups)[None, None, :], products, 0.0)
     token = tl.arange(0, TOKENS)[:, None]
     target = y + token.to(tl.int64) * rows + index[None, :]
@@ -90,7 +89,7 @@ def gemv_kernel(
 def gemv(activations: Activations, format: Format, data: torch.Tensor, rows: int, limbs: int) -> torch.Tensor:
     """At most FEW_ROWS rows of x (T, K) times the transposed weight (rows, K) -> (T, rows) float32.
 
-    `limbs` of activations enter integer products; with none, float32 activations are multiplied in float32.
+    An integer format multiplies by `limbs` limbs of activations (see `activations.limb_kernel`), a float format by x.
     """
     tokens, columns = activations.tokens, activations.columns
     y = activations.x.new_empty((tokens, rows))
@@ -98,7 +97,7 @@ def gemv(activations: Activations, format: Format, data: torch.Tensor, rows: int
     tile = launches().gemv_tile(padded, format.groups(columns))
     gemv_kernel[(triton.cdiv(rows, tile.rows),)](
         format.arguments(data, rows, columns),
-        activations.limbs(limbs) if limbs else (activations.x,),
+        activations.limbs(limbs) if format.integer else (activations.x,),
         y,
         rows,
         columns,

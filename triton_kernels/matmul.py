@@ -14,7 +14,7 @@ from trichord.triton_kernels.gemv import gemv
 from trichord.triton_kernels.launch import FEW_ROWS
 from trichord.weight_format import Weight
 
-_LIMBS = {"exact": 0, "default": 2, "fast": 1}
+_LIMBS = {"default": 2, "fast": 1}  # bytes that activations are rounded to for integer products
 
 
 def matmul(
@@ -22,9 +22,10 @@ def matmul(
 ) -> list[torch.Tensor]:
     """x (T, K) float32, contiguous, on the weights' device -> [x @ W.T (T, N) float32 for each weight (N, K)].
 
-    Up to FEW_ROWS rows of x, weights in an integer format meet activations rounded to 16 bits ("default") or 8 bits
-    ("fast") a group of 32, and all others are multiplied in float32. With more rows the operands are float16, but
-    float32 if the precision is "exact" or the weight is wider than 16 bits. `Weight.scale` is not applied.
+    "exact" multiplies in float32, and so do weights of 32 bits and more at any precision. Otherwise, up to FEW_ROWS
+    rows of x, weights in an integer format meet activations rounded to 16 bits ("default") or 8 bits ("fast") a group
+    of 32, and those in a float format are multiplied in float32; with more rows the operands are float16.
+    `Weight.scale` is not applied.
     Raises ValueError for shapes, dtypes and formats that do not fit.
     """
     if x.ndim != 2 or x.dtype != torch.float32 or not x.is_contiguous():
@@ -42,6 +43,7 @@ def _product(activations: Activations, weight: Weight, precision: str) -> torch.
     format = FORMATS[weight.format]
     if activations.tokens == 0:
         return activations.x.new_empty((0, weight.rows))
-    if activations.tokens <= FEW_ROWS:
-        return gemv(activations, format, weight.data, weight.rows, _LIMBS[precision] if format.integer else 0)
-    return gemm(activations, format, weight.data, weight.rows, exact=precision == "exact" or format.wide)
+    exact = precision == "exact"
+    if activations.tokens <= FEW_ROWS and not (exact and format.integer):
+        return gemv(activations, format, weight.data, weight.rows, _LIMBS.get(precision, 0))
+    return gemm(activations, format, weight.data, weight.rows, exact or format.wide)

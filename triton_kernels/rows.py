@@ -32,7 +32,7 @@ def rows_kernel(
         row = tl.load(ids + row)
     start = tl.program_id(1) * BLOCK_COLUMNS
     group = tl.minimum(start // SIZE + tl.arange(0, BLOCK_COLUMNS // SIZE), tl.cdiv(columns, SIZE) - 1)
-    weights = decode_tile(planes, row, group, columns, FORMAT).to(tl.float32)
+    weights = decode_tile(planes, row, group, columns, FORMAT)
     column = start + tl.arange(0, BLOCK_COLUMNS)[None, :]
     mask = (index < count)[:, None] & (column < columns)
     tl.store(output + (index * columns)[:, None] + column, tl.reshape(weights, (BLOCK_ROWS, BLOCK_COLUMNS)), mask=mask)
@@ -66,4 +66,4 @@ def dequantize(weight: Weight) -> torch.Tensor:
 
 def embedding(ids: torch.Tensor, weight: Weight) -> torch.Tensor:
     """ids (T,) int64 -> their rows of the weight (T, K) float32. The ids must lie within the weight."""
-    return _rows(weight, ids, ids.shape[0])
+    return _rows(weight, ids.contiguous(), ids.shape[0])

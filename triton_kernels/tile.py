@@ -21,7 +21,7 @@ def _code_floats(words, zero):
 
 @triton.jit
 def decode_tile(planes, row, group, columns, FORMAT: tl.constexpr):
-    """Weights of rows (R,) int64 and groups (G,) int32 -> (R, G, group_size) floats of the weights' own precision."""
+    """Weights of rows (R,) int64 and groups (G,) int32 -> (R, G, group_size) float32."""
     if FORMAT.integer:
         SHAPE: tl.constexpr = (row.shape[0], group.shape[0], 32 // FORMAT.scale_group, FORMAT.scale_group)
         low, high, scale, minimum = FORMAT.decode(planes, row, group, columns)
@@ -37,7 +37,7 @@ def decode_tile(planes, row, group, columns, FORMAT: tl.constexpr):
 
 @triton.jit
 def fragment_order(tile):
-    """(R, C) -> (R, C) with each 16 columns in the order in which the activations of `half_rows` come.
+    """(R, C) -> (R, C) with each 16 columns in the order in which the activations of `half_kernel` come.
 
     A thread of a tensor core holds columns 2t, 2t+1, 2t+8 and 2t+9 of 16. In this order these are the four bytes of
     one word of codes, so a word can be decoded where it is multiplied and nothing passes through shared memory.
