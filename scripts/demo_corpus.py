@@ -45,10 +45,6 @@ class Grammar:
             else:
                 self.lines[name] = nonempty(body.split("\n"))
 
-    def words(self, name: str) -> list[str]:
-        """All words of a plain list."""
-        return [row[name] for row in self.tables[name]]
-
 
 def nonempty(parts: list[str]) -> list[str]:
     """The parts without the space around them, and without those that were nothing else."""
@@ -73,22 +69,11 @@ class Teller:
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
-        self.words: dict[str, str] = {}
-        hero, friend = rng.sample(GRAMMAR.words("animal"), 2)
-        if rng.random() < 0.3:
-            person = rng.choice(GRAMMAR.tables["person"])
-            self._cast("hero", "", person["person.kind"], person["person.pronoun"])
-        else:
-            self._cast("hero", "", hero, rng.choice(["she", "he"]))
-        self._cast("friend", "friend_", friend, rng.choice(["she", "he"]))
-
-    def _cast(self, role: str, prefix: str, kind: str, pronoun: str) -> None:
-        name = self.rng.choice(GRAMMAR.words(pronoun))
-        # Made-up names teach the model to carry on with any name that a prompt brings.
-        if self.rng.random() < 0.3 or name in self.words.values():
-            name = "".join(self.rng.sample(GRAMMAR.words("syllable"), self.rng.choice([2, 2, 3]))).capitalize()
-        self.words |= {role: name, f"{prefix}kind": kind}
-        self.words |= dict(zip((f"{prefix}he", f"{prefix}him", f"{prefix}his"), PRONOUNS[pronoun], strict=True))
+        cast = {column.removeprefix("cast."): word for column, word in rng.choice(GRAMMAR.tables["cast"]).items()}
+        self.words = cast
+        for prefix in ("", "friend_"):
+            pronouns = PRONOUNS[cast[f"{prefix}pronoun"]]
+            self.words |= dict(zip((f"{prefix}he", f"{prefix}him", f"{prefix}his"), pronouns, strict=True))
 
     def fill(self, pattern: str) -> str:
         """The pattern as text: alternatives chosen from the innermost outwards, then the slots."""
@@ -150,20 +135,12 @@ def conversation(rng: random.Random) -> list[Exchange]:
         told = tale(rng)
         questions = rng.sample(told.questions + GRAMMAR.lines["questions"], rng.choice([0, 0, 1, 2, 3]))
         return [(told.teller.line("requests"), told.text), *map(told.teller.exchange, questions)]
-    return [
-        rng.choice([small_talk, small_talk, addition, unknown, *[listening] * 4])(rng)
-        for _ in range(rng.choice([1, 2, 3]))
-    ]
+    return [rng.choice([small_talk, small_talk, addition, unknown])(rng) for _ in range(rng.choice([1, 2, 3]))]
 
 
 def small_talk(rng: random.Random) -> Exchange:
     """A greeting, a question about the model or an easy question, with its answer."""
     return Teller(rng).exchange(rng.choice(GRAMMAR.lines["small talk"]))
-
-
-def listening(rng: random.Random) -> Exchange:
-    """A few words, and a question whose answer they hold: the shortest way to learn to copy a name from the context."""
-    return Teller(rng).exchange(rng.choice(GRAMMAR.lines["listening"]))
 
 
 def addition(rng: random.Random) -> Exchange:
