@@ -138,7 +138,11 @@ _POLLS = 500
 
 @compiled
 def _lead(shared, yield_):  # type: ignore[no-untyped-def]
-    """The caller's part of a round, which is open while its number is odd."""
+    """The caller's part of a round, which is open while its number is odd.
+
+    It opens and closes within machine code, where no exception (Ctrl-C) can leave it open.
+    """
+    _add(shared[_ROUND:], 1)
     jobs = carray(pointer(shared[_TABLE]), (shared[_JOBS], len(FIELDS)), np.int64)
     _work(jobs, shared[_COUNTER:])
     _add(shared[_ROUND:], 1)
@@ -166,9 +170,8 @@ def _help(shared, number, yield_):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _open(shared):  # type: ignore[no-untyped-def]
-    """Opens a round; how many helpers are to be woken."""
-    _add(shared[_ROUND:], 1)
+def _take_asleep(shared):  # type: ignore[no-untyped-def]
+    """How many helpers are to be woken; they count as awake from now on."""
     asleep = _add(shared[_ASLEEP:], 0)
     _add(shared[_ASLEEP:], -asleep)
     return asleep
@@ -190,7 +193,7 @@ class _Crew:
         shared = self.shared
         shared[_COUNTER], shared[_TABLE], shared[_JOBS] = 0, table.ctypes.data, len(table)
         shared[_HELPERS] = workers - 1
-        if asleep := _open(shared):
+        if asleep := _take_asleep(shared):
             self.bell.release(asleep)
         _lead(shared, _yield_address)
 
