@@ -22,7 +22,7 @@ DEMO_PROMPT = "Once upon a time"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status: 1 after an error, 130 after Ctrl-C."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     warnings.showwarning = _show_warning
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character must not end the run
@@ -32,11 +32,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrichordError as error:
         return _fail(str(error))
     except BrokenPipeError:  # whoever read our output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 1
+    except OSError as error:  # files are reported where they are opened: what is left is writing the output
+        _discard_output()
+        return _fail(f"The output cannot be written: {error.strerror}.")
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parses the command line. `run` takes its words before, between and after its options, which argparse does not."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and ("words" not in options or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.words += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -241,6 +255,11 @@ def printable(text: str) -> str:
 
 def _show_warning(message: Warning | str, *_: object) -> None:
     print(f"trichord: warning: {message}", file=sys.stderr)
+
+
+def _discard_output() -> None:
+    """Sends what is still buffered nowhere, or the interpreter would complain about it on leaving."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(sentence: str) -> int:

@@ -202,6 +202,8 @@ class LLM:
 
     def _checked(self, token_ids: List[int], room: int) -> list[int]:
         try:
+            if isinstance(token_ids, (bytes, bytearray)):  # text that was not decoded
+                raise TypeError
             ids = [int(token) for token in token_ids]
         except (TypeError, ValueError):
             raise RequestError(f"A prompt is text or a list of token ids, not {token_ids!r:.80}.") from None
@@ -213,7 +215,8 @@ class LLM:
         if len(ids) + room > self.context_length:
             raise RequestError(
                 f"The prompt has {len(ids)} tokens, but the context holds {self.context_length}"
-                f"{' with at least one to generate' if room else ''}: shorten the prompt or raise context_length."
+                f"{' with at least one to generate' if room else ''}: shorten the prompt"
+                f"{' or raise context_length' if self.context_length < self.config.context_length else ''}."
             )
         return ids
 

@@ -14,6 +14,13 @@ from trichord.weight_format import Weight, WeightFormat
 
 _WARNED: set[WeightFormat] = set()
 
+_INTEGERS = {
+    WeightFormat.I8: np.int8,
+    WeightFormat.I16: np.int16,
+    WeightFormat.I32: np.int32,
+    WeightFormat.I64: np.int64,
+}
+
 
 def load_weight(
     file: GGUFFile,
@@ -76,6 +83,8 @@ def _cut_columns(
 
 
 def _values(blocks: np.ndarray, format: WeightFormat, shape: tuple[int, ...]) -> np.ndarray:
+    if format in _INTEGERS:
+        return blocks.view(_INTEGERS[format]).astype(np.float32).reshape(shape)
     weight = Weight(torch.from_numpy(blocks), format, shape, CPU.layout)
     return CPU.operations.dequantize(weight).numpy()
 

@@ -75,7 +75,8 @@ def _positive(text: str) -> int:
 
 
 def _formats(names: list[str], place: Place) -> list[WeightFormat]:
-    fused = {format.name: format for format in WeightFormat if format in place.operations.FUSED_FORMATS}
+    unmade = (WeightFormat.F64, WeightFormat.Q8_1)  # no quantizer writes them
+    fused = {f.name: f for f in WeightFormat if f in place.operations.FUSED_FORMATS and f not in unmade}
     if names == ["all"]:
         return list(fused.values())
     for name in names:

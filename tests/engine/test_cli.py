@@ -113,6 +113,22 @@ def test_help_and_version(capsys):
     assert run(capsys).status == 2
 
 
+def test_words_may_stand_on_both_sides_of_options(capsys, path):
+    expected = run(capsys, "run", path, "abc", *OPTIONS).out
+    assert run(capsys, "run", path, *OPTIONS, "abc").out == expected
+    assert run(capsys, "run", *OPTIONS, path, "abc").out == expected
+    assert run(capsys, "run", path, "abc", "--colour").status == 2
+    assert run(capsys, "info", path, "--json", "more").status == 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_output_that_cannot_be_written_is_one_sentence(path):
+    with open("/dev/full", "w") as full:
+        process = subprocess.run([*COMMAND, "info", path], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert process.returncode == 1
+    assert re.fullmatch(r"trichord: error: The output cannot be written: .*\n", process.stderr)
+
+
 def test_control_characters_do_not_reach_a_terminal():
     assert cli.printable("a\x1b[31m\u202eb\x07\n\tü\u00a0é") == "a\\x1b[31m\\u202eb\\x07\n\tü\u00a0é"
 

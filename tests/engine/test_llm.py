@@ -218,6 +218,7 @@ def test_a_model_without_a_tokenizer_works_on_token_ids(tmp_path, llm):
         ([[1, 999]], "999 is outside the vocabulary of 259"),
         ([[-1]], "-1 is outside"),
         ([["a", "b"]], "text or a list of token ids"),
+        ([b"ab"], "text or a list of token ids"),
     ],
 )
 def test_prompts_that_cannot_be_run(llm, prompt, message):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import gguf
 import numpy as np
 import pytest
@@ -94,6 +96,25 @@ def test_a_format_without_a_kernel_is_held_as_float32_with_one_warning(file, mon
 
 def test_vectors_are_float32(file, source):
     assert torch.equal(load_vector(file, "gain"), torch.from_numpy(source[0].astype(np.float16).astype(np.float32)))
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int32, np.int64])
+def test_integer_tensors_are_their_numbers(tmp_path, dtype):
+    values = np.random.default_rng(3).integers(-100, 100, (5, 12)).astype(dtype)
+    writer = gguf.GGUFWriter(tmp_path / "integers.gguf", "llama")
+    writer.add_tensor("matrix", values)
+    writer.add_tensor("vector", values[0])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = GGUFFile(tmp_path / "integers.gguf")
+    assert np.array_equal(load_vector(file, "vector").numpy(), values[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        weight = load_weight(file, "matrix")
+    y = dispatch_matmul(torch.eye(12), weight, precision="exact")
+    assert np.array_equal(y.numpy(), values.T)
 
 
 def test_what_is_no_weight_is_refused(file):
