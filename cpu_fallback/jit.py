@@ -191,7 +191,7 @@ def _key_directory() -> Path | None:
     import numba
     from numba.core.registry import cpu_target
 
-    from trichord import weight_format
+    import trichord.weight_format as weight_format
 
     target = cpu_target.target_context.codegen().magic_tuple()
     modules = np, numba, llvmlite
