@@ -71,6 +71,14 @@ def test_float_rows_of_any_length(weight_format, dtype, columns):
     assert torch.equal(blocks, numbers.view(torch.uint8))
 
 
+def test_q8_1_by_hand():
+    scale_and_sum = np.array([0.5, -8.0], np.float16)  # the sum of the bytes is -16
+    block = np.concatenate([scale_and_sum.view(np.uint8), np.arange(-16, 16, dtype=np.int8).view(np.uint8)])[None]
+    weight = packed(triton_kernels, block, WeightFormat.Q8_1, (1, 32))
+    np.testing.assert_array_equal(triton_kernels.dequantize(weight).numpy(), np.arange(-16, 16)[None] / 2)
+    np.testing.assert_array_equal(triton_kernels.unpack(weight.data, WeightFormat.Q8_1, 1, 32).numpy(), block)
+
+
 def test_dequantize_keeps_the_shape_of_experts():
     blocks, values = golden_blocks(WeightFormat.Q6_K, 6, 256)
     weight = packed(triton_kernels, blocks, WeightFormat.Q6_K, (2, 3, 256))

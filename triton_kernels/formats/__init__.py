@@ -27,6 +27,7 @@ from trichord.triton_kernels.formats.q5_1 import Q5_1
 from trichord.triton_kernels.formats.q5_k import Q5_K
 from trichord.triton_kernels.formats.q6_k import Q6_K
 from trichord.triton_kernels.formats.q8_0 import Q8_0
+from trichord.triton_kernels.formats.q8_1 import Q8_1
 from trichord.triton_kernels.formats.q8_k import Q8_K
 from trichord.triton_kernels.formats.tq1_0 import TQ1_0
 from trichord.triton_kernels.formats.tq2_0 import TQ2_0
@@ -36,7 +37,7 @@ FORMATS: dict[WeightFormat, Format] = {
     format.weight_format: format
     for format in (
         *(F32, F16, BF16, F64),
-        *(Q1_0, Q2_0, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0),
+        *(Q1_0, Q2_0, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q8_1),
         *(Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, Q8_K),
         *(IQ1_S, IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S, IQ4_NL, IQ4_XS),
         *(MXFP4, NVFP4),
