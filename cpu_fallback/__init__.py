@@ -4,14 +4,17 @@ Works on the NumPy views of torch tensors. Numba compiles the kernels where it i
 do the same, slower.
 """
 
+from __future__ import annotations
+
 from trichord.cpu_fallback.activation import swiglu
 from trichord.cpu_fallback.attention import attention
 from trichord.cpu_fallback.jit import default_threads, set_threads
 from trichord.cpu_fallback.matmul import FUSED_FORMATS, dequantize, embedding, matmul, pack, unpack
 from trichord.cpu_fallback.norm import rms_norm
 from trichord.cpu_fallback.rotary import rotary_and_cache
+from trichord.weight_format import Layout
 
-LAYOUT = "blocks"
+LAYOUT: Layout = "blocks"
 
 __all__ = [
     "FUSED_FORMATS",
