@@ -78,7 +78,7 @@ def _formats(names: list[str], place: Place) -> list[WeightFormat]:
     unmade = (WeightFormat.F64, WeightFormat.Q8_1)  # no quantizer writes them
     fused = {f.name: f for f in WeightFormat if f in place.operations.FUSED_FORMATS and f not in unmade}
     if names == ["all"]:
-        return list(fused.values())
+        return [format for format in fused.values() if format is not WeightFormat.Q8_1]  # ggml's own intermediate
     for name in names:
         if name not in fused:
             raise ValueError(f"{name} is not multiplied in place on this device; formats are {', '.join(fused)}")
