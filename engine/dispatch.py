@@ -18,13 +18,16 @@ if TYPE_CHECKING:
 
 Precision = Literal["exact", "default", "fast"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
+Activation = Literal["silu", "gelu", "gelu_erf", "relu", "relu_squared", "swiglu_oai"]
+Gating = Literal["softmax", "sigmoid", "softmax_of_chosen"]
 
 
 class Operations(Protocol):
     """What a backend offers. Tensors are torch tensors; activations are float32 unless a line says otherwise.
 
     T: tokens of the whole batch, laid flat. S: sequences. K, N: in and out features. H, G: query and key-value heads.
-    D: head size. P: pages of the cache, each of `page` positions.
+    D: head size. P: pages of the cache, each of `page` positions. X: experts, E of them chosen by each token.
+    C: channels. B: slots of recurrent states, one a running sequence.
     """
 
     LAYOUT: Layout
@@ -42,30 +45,73 @@ class Operations(Protocol):
     def matmul(self, x: torch.Tensor, weights: Sequence[Weight], precision: Precision) -> list[torch.Tensor]:
         """x (T, K) -> [x @ W.T (T, N) for each weight]. The weights share K; what x needs is prepared once."""
 
+    def expert_matmul(
+        self, x: torch.Tensor, weights: Sequence[Weight], experts: torch.Tensor, precision: Precision
+    ) -> list[torch.Tensor]:
+        """Each token times the matrices of its experts: [(T, E, N) for each weight (X, N, K)].
+
+        x is (T, K), one row for all of a token's experts, or (T, E, K), a row for each. experts (T, E) int32. The
+        work and the weights read grow with the experts that are chosen, not with X.
+        """
+
+    def route(
+        self,
+        logits: torch.Tensor,
+        count: int,
+        gating: Gating,
+        bias: torch.Tensor | None = None,
+        *,
+        groups: int = 1,
+        groups_used: int = 1,
+        normalize: bool = False,
+        scale: float = 1.0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """logits (T, X) -> the `count` experts of each token (T, E) int32, best first, and their weights (T, E).
+
+        Scores are the softmax or the sigmoid of the logits ("softmax_of_chosen": experts are chosen by the logits, and
+        the softmax is over the chosen). `bias` (X,) is added to the scores for choosing only. With several groups of
+        adjacent experts, only the `groups_used` groups whose two best (biased) scores have the largest sum take part.
+        `normalize` divides the weights by their sum; then they are multiplied by `scale`. Of equal scores, the lower
+        index is taken.
+        """
+
     def embedding(self, ids: torch.Tensor, weight: Weight) -> torch.Tensor:
         """ids (T,) int64 -> their rows (T, K)."""
 
-    def rms_norm(
-        self, residual: torch.Tensor, gain: torch.Tensor, epsilon: float, delta: torch.Tensor | None = None
+    def norm(
+        self,
+        residual: torch.Tensor,
+        gain: torch.Tensor | None,
+        epsilon: float,
+        delta: torch.Tensor | None = None,
+        *,
+        bias: torch.Tensor | None = None,
+        centered: bool = False,
     ) -> torch.Tensor:
-        """residual (T, K) += delta, in place; returns residual / rms(residual) * gain (T, K)."""
+        """residual (T, K) += delta, in place; returns its normalised rows (T, K) * gain + bias.
+
+        A row is divided by its root mean square, or, `centered` (layer norm), by its standard deviation after its mean
+        is subtracted; epsilon is added to the mean square or variance. gain, bias (K,), or (M, K) where row t takes
+        line t % M. The rows of residual may be strided; a tensor (T, H, D) is normalised head by head as (T * H, D).
+        """
 
     def rotary_and_cache(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
-        v: torch.Tensor,
+        v: torch.Tensor | None,
         cos: torch.Tensor,
         sin: torch.Tensor,
         key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
+        value_cache: torch.Tensor | None,
         slots: torch.Tensor,
         interleaved: bool,
     ) -> None:
         """Rotates q (T, H, D) in place; writes the rotated k (T, G, D) and v (T, G, Dv) at `slots` (T,) int64.
 
-        cos, sin (T, R/2) rotate the first R <= D elements: pairs (2i, 2i+1) when interleaved, else (i, i + R/2).
-        Caches are (P, G, page, D) in float32 or float16; slot = page index * page + offset.
+        cos, sin (T, R/2) rotate the first R <= D elements (R may be 0): pairs (2i, 2i+1) when interleaved, else
+        (i, i + R/2). Caches are (P, G, page, D) in float32 or float16; slot = page index * page + offset. Without v
+        only the keys are written.
         """
 
     def attention(
@@ -79,16 +125,85 @@ class Operations(Protocol):
         max_query: int,
         scale: float,
         precision: Precision,
+        *,
+        causal: bool = True,
+        window: int = 0,
+        chunked: bool = False,
+        soft_cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
+        slopes: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Causal attention of q (T, H, D) over the paged cache -> (T, H, Dv).
+        """Attention of q (T, H, D) over the paged cache -> (T, H, Dv).
 
         Sequence s owns the query rows query_starts[s]:query_starts[s+1] (query_starts (S+1,) int32), which are the
         last of its context_lengths[s] (S,) int32 positions; position p lies in page page_tables[s, p // page]
         (page_tables (S, max_pages) int32). max_query is the longest query. Query head h reads key head h // (H / G).
+        value_cache may be a view of the key cache's last or first elements: a latent that is both.
+
+        A query at position p sees positions up to p (all of its sequence's unless `causal`), of these with a window W
+        only those after p - W, or, `chunked`, those from p // W * W on. A score s = scale * q.k becomes
+        soft_cap * tanh(s / soft_cap) where that is not 0, then gains slopes[h] * (key position - p) (slopes (H,):
+        ALiBi). sinks (H,) are a further score of each head, without a value, in the softmax's sum.
         """
 
-    def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """silu(gate) * up, elementwise (T, F)."""
+    def activate(self, gate: torch.Tensor, up: torch.Tensor | None, activation: Activation) -> torch.Tensor:
+        """activation(gate) * up, elementwise (..., F); without `up` the activation alone. Rows may be strided.
+
+        "gelu" is the tanh approximation, "gelu_erf" the exact one; "swiglu_oai" (gpt-oss) is
+        g * sigmoid(1.702 g) * (u + 1) with g = min(gate, 7) and u = clamp(up, -7, 7).
+        """
+
+    def short_convolution(
+        self,
+        x: torch.Tensor,
+        kernel: torch.Tensor,
+        bias: torch.Tensor | None,
+        states: torch.Tensor,
+        state_slots: torch.Tensor,
+        query_starts: torch.Tensor,
+        activation: Activation | None,
+    ) -> torch.Tensor:
+        """Causal depthwise convolution along each sequence: x (T, C), kernel (C, W), bias (C,) -> (T, C).
+
+        y[t] = sum over w of kernel[:, w] * x[t - W + 1 + w]; inputs before the query come from states (B, C, W - 1),
+        at state_slots (S,) int64, oldest first, which are updated to the sequence's last W - 1 inputs.
+        """
+
+    def state_scan(
+        self,
+        x: torch.Tensor,
+        step_sizes: torch.Tensor,
+        rates: torch.Tensor,
+        b: torch.Tensor,
+        c: torch.Tensor,
+        states: torch.Tensor,
+        state_slots: torch.Tensor,
+        query_starts: torch.Tensor,
+    ) -> torch.Tensor:
+        """The selective scan of Mamba: x (T, H, P) -> (T, H, P), updating states (B, H, P, N) at state_slots (S,).
+
+        state = exp(step_sizes * rates) * state + step_sizes * x outer b; y = state c, token by token.
+        step_sizes (T, H). rates (H, N), negative: Mamba-1 has P = 1 and a rate for each n, Mamba-2 N equal ones.
+        b, c (T, G, N): head h reads group h // (H / G).
+        """
+
+    def delta_scan(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        decay: torch.Tensor,
+        beta: torch.Tensor | None,
+        states: torch.Tensor,
+        state_slots: torch.Tensor,
+        query_starts: torch.Tensor,
+    ) -> torch.Tensor:
+        """Linear attention with decay, by the (gated) delta rule when beta is given: -> (T, H, Dv).
+
+        Token by token: state = exp(decay) * state; state += k outer (beta * (v - k state)), or k outer v without beta;
+        y = q state. q, k (T, G, D): head h reads head h // (H / G). v (T, H, Dv). decay (T, H, 1) or (T, H, D), the
+        logarithm of the factor of each row. beta (T, H). states (B, H, D, Dv) at state_slots (S,) int64.
+        """
 
 
 _BACKENDS: dict[Layout, str] = {"planes": "trichord.triton_kernels", "blocks": "trichord.cpu_fallback"}
