@@ -6,11 +6,11 @@ do the same, slower.
 
 from __future__ import annotations
 
-from trichord.cpu_fallback.activation import swiglu
+from trichord.cpu_fallback.activation import activate
 from trichord.cpu_fallback.attention import attention
 from trichord.cpu_fallback.jit import default_threads, set_threads
 from trichord.cpu_fallback.matmul import FUSED_FORMATS, dequantize, embedding, matmul, pack, unpack
-from trichord.cpu_fallback.norm import rms_norm
+from trichord.cpu_fallback.norm import norm
 from trichord.cpu_fallback.rotary import rotary_and_cache
 from trichord.weight_format import Layout
 
@@ -19,15 +19,15 @@ LAYOUT: Layout = "blocks"
 __all__ = [
     "FUSED_FORMATS",
     "LAYOUT",
+    "activate",
     "attention",
     "default_threads",
     "dequantize",
     "embedding",
     "matmul",
+    "norm",
     "pack",
-    "rms_norm",
     "rotary_and_cache",
     "set_threads",
-    "swiglu",
     "unpack",
 ]

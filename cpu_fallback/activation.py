@@ -8,7 +8,7 @@ import torch
 from trichord.cpu_fallback.jit import have_numba
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def activate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     """silu(gate) * up (T, F) float32, contiguous (Shazeer, 2020).
 
     Rows may be strided: gate and up may be the halves of one product.

@@ -8,7 +8,7 @@ import torch
 from trichord.cpu_fallback.jit import have_numba
 
 
-def rms_norm(
+def norm(
     residual: torch.Tensor, gain: torch.Tensor, epsilon: float, delta: torch.Tensor | None = None
 ) -> torch.Tensor:
     """residual (T, K) float32 += delta, in place; returns residual / rms(residual) * gain (T, K), contiguous.

@@ -145,7 +145,7 @@ class FeedForward:
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         """x (T, hidden) -> (T, hidden)."""
         gate, up = project(x, self.inputs, step.precision)
-        return project(self.operations.swiglu(gate, up), [self.output], step.precision)[0]
+        return project(self.operations.activate(gate, up, "silu"), [self.output], step.precision)[0]
 
 
 class DecoderLayer:
@@ -164,10 +164,10 @@ class DecoderLayer:
         self, residual: torch.Tensor, delta: torch.Tensor | None, step: Step, cache: KeyValueCache
     ) -> torch.Tensor:
         """Adds `delta` and the attention to the residual (T, hidden) in place; returns the feed-forward's delta."""
-        rms_norm = self.place.operations.rms_norm
-        x = rms_norm(residual, self.attention_gain, self.epsilon, delta)
+        norm = self.place.operations.norm
+        x = norm(residual, self.attention_gain, self.epsilon, delta)
         delta = self.attention.forward(x, step, cache)
-        x = rms_norm(residual, self.feed_forward_gain, self.epsilon, delta)
+        x = norm(residual, self.feed_forward_gain, self.epsilon, delta)
         return self.feed_forward.forward(x, step)
 
 
@@ -224,7 +224,7 @@ class Decoder:
         rows = outer.batch.logit_rows
         delta = None if delta is None else delta[rows]
         with torch.cuda.device_of(residual):
-            x = self.outer.operations.rms_norm(residual[rows], self.output_gain, self.config.norm_epsilon, delta)
+            x = self.outer.operations.norm(residual[rows], self.output_gain, self.config.norm_epsilon, delta)
             return project(x, [self.output], precision)[0]
 
     def _step(self, steps: dict[torch.device, Step], batch: Batch, place: Place, precision: Precision) -> Step:

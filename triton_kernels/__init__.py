@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trichord.triton_kernels.activation import swiglu
+from trichord.triton_kernels.activation import activate
 from trichord.triton_kernels.attention import attention
 from trichord.triton_kernels.formats import FORMATS
 from trichord.triton_kernels.matmul import matmul
-from trichord.triton_kernels.norm import rms_norm
+from trichord.triton_kernels.norm import norm
 from trichord.triton_kernels.rotary import rotary_and_cache
 from trichord.triton_kernels.rows import dequantize, embedding
 from trichord.weight_format import Layout, WeightFormat
@@ -37,13 +37,13 @@ def unpack(data: torch.Tensor, format: WeightFormat, rows: int, columns: int) ->
 __all__ = [
     "FUSED_FORMATS",
     "LAYOUT",
+    "activate",
     "attention",
     "dequantize",
     "embedding",
     "matmul",
+    "norm",
     "pack",
-    "rms_norm",
     "rotary_and_cache",
-    "swiglu",
     "unpack",
 ]

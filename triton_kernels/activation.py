@@ -10,7 +10,7 @@ BLOCK = 1024
 
 
 @triton.jit
-def swiglu_kernel(gate, up, output, width, gate_stride, up_stride, BLOCK: tl.constexpr):
+def activation_kernel(gate, up, output, width, gate_stride, up_stride, BLOCK: tl.constexpr):
     """One program a token and BLOCK features."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -20,14 +20,14 @@ def swiglu_kernel(gate, up, output, width, gate_stride, up_stride, BLOCK: tl.con
     tl.store(output + token * width + columns, g / (1.0 + tl.exp(-g)) * u, mask=mask)
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def activate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     """silu(gate) * up (T, F) float32, contiguous (Shazeer, 2020).
 
     Rows may be strided: gate and up may be the halves of one product.
     """
     tokens, width = gate.shape
     output = torch.empty((tokens, width), dtype=torch.float32, device=gate.device)
-    swiglu_kernel[(tokens, triton.cdiv(width, BLOCK))](
+    activation_kernel[(tokens, triton.cdiv(width, BLOCK))](
         gate, up, output, width, gate.stride(0), up.stride(0), BLOCK=BLOCK, enable_fp_fusion=True
     )
     return output

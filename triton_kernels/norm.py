@@ -21,7 +21,7 @@ def _updated(residual, delta, columns, width, HAS_DELTA: tl.constexpr):
 
 
 @triton.jit
-def rms_norm_kernel(
+def norm_kernel(
     residual,
     delta,
     gain,
@@ -55,7 +55,7 @@ def rms_norm_kernel(
         tl.store(output + start + columns, scaled, mask=mask)
 
 
-def rms_norm(
+def norm(
     residual: torch.Tensor, gain: torch.Tensor, epsilon: float, delta: torch.Tensor | None = None
 ) -> torch.Tensor:
     """residual (T, K) float32 += delta, in place; returns residual / rms(residual) * gain (T, K), contiguous.
@@ -65,7 +65,7 @@ def rms_norm(
     tokens, width = residual.shape
     output = torch.empty((tokens, width), dtype=torch.float32, device=residual.device)
     block = min(triton.next_power_of_2(width), MAX_BLOCK)
-    rms_norm_kernel[(tokens,)](
+    norm_kernel[(tokens,)](
         residual,
         residual if delta is None else delta,
         gain,

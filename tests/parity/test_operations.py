@@ -46,29 +46,29 @@ def rms_norm_oracle(x: np.ndarray, gain: np.ndarray, epsilon: float) -> np.ndarr
 @both
 @pytest.mark.parametrize("tokens, width", [(1, 64), (3, 100), (2, 2048), (1, 16384 + 72), (9, 7)])
 @pytest.mark.parametrize("added", [False, True])
-def test_rms_norm(backend, tokens, width, added):
+def test_norm(backend, tokens, width, added):
     residual, delta = 30 * normal(tokens, width), normal(tokens, width, seed=1)
     gain = normal(width, seed=2)
     expected_residual = residual + delta if added else residual
     x = on(backend, residual)
-    y = backend.operations.rms_norm(x, on(backend, gain), 1e-5, on(backend, delta) if added else None)
+    y = backend.operations.norm(x, on(backend, gain), 1e-5, on(backend, delta) if added else None)
     assert y.shape == (tokens, width) and y.dtype == torch.float32
     np.testing.assert_array_equal(x.cpu(), expected_residual)
     assert relative_error(y.cpu(), rms_norm_oracle(expected_residual, gain, 1e-5)) < 1e-6
 
 
 @both
-def test_rms_norm_adds_epsilon_inside_the_root(backend):
+def test_norm_adds_epsilon_inside_the_root(backend):
     x = np.array([[3e-3, 4e-3]], np.float32)
-    y = backend.operations.rms_norm(on(backend, x), on(backend, np.ones(2, np.float32)), 1e-5)
+    y = backend.operations.norm(on(backend, x), on(backend, np.ones(2, np.float32)), 1e-5)
     np.testing.assert_allclose(y.cpu(), x / np.sqrt(12.5e-6 + 1e-5), rtol=1e-6)
 
 
 @both
-def test_rms_norm_takes_a_delta_whose_rows_are_strided(backend):
+def test_norm_takes_a_delta_whose_rows_are_strided(backend):
     wide = on(backend, normal(3, 80, seed=1))
     x = on(backend, normal(3, 40))
-    y = backend.operations.rms_norm(x.clone(), on(backend, np.ones(40, np.float32)), 1e-5, wide[:, 40:])
+    y = backend.operations.norm(x.clone(), on(backend, np.ones(40, np.float32)), 1e-5, wide[:, 40:])
     expected = rms_norm_oracle((x + wide[:, 40:]).cpu().numpy(), np.ones(40), 1e-5)
     assert relative_error(y.cpu(), expected) < 1e-6
 
@@ -83,7 +83,7 @@ def test_swiglu(backend, tokens, width):
     fused = 8 * normal(tokens, 2 * width)
     fused[0, 0] = -200.0  # exp(200) overflows: the answer is 0, not NaN
     product = on(backend, fused)
-    y = backend.operations.swiglu(product[:, :width], product[:, width:])
+    y = backend.operations.activate(product[:, :width], product[:, width:], "silu")
     gate, up = np.split(fused.astype(np.float64), 2, axis=1)
     assert y.shape == (tokens, width) and y.is_contiguous()
     np.testing.assert_allclose(y.cpu(), gate / (1 + np.exp(-gate)) * up, rtol=2e-6, atol=1e-30)
@@ -281,7 +281,7 @@ def test_backends_agree_on_a_layer():
 
     def layer(backend: Backend) -> list[torch.Tensor]:
         residual = on(backend, x)
-        normed = backend.operations.rms_norm(residual, on(backend, gain), 1e-6, on(backend, delta))
+        normed = backend.operations.norm(residual, on(backend, gain), 1e-6, on(backend, delta))
         q, k, v = (part.unflatten(1, (-1, size)) for part in normed.split(widths, dim=1))
         keys, values = (on(backend, history) for _ in range(2))
         turn = on(backend, np.cos(angles)), on(backend, np.sin(angles))
@@ -290,7 +290,7 @@ def test_backends_agree_on_a_layer():
         attended = backend.operations.attention(
             q, keys, values, on(backend, tables), starts, lengths, 18, size**-0.5, "exact"
         )
-        gated = backend.operations.swiglu(*attended.flatten(1).chunk(2, dim=1))
+        gated = backend.operations.activate(*attended.flatten(1).chunk(2, dim=1), "silu")
         return [tensor.cpu() for tensor in (residual, normed, keys, values, attended, gated)]
 
     for ours, theirs in zip(layer(TRITON), layer(CPU), strict=True):

@@ -43,9 +43,9 @@ def launches(target: str) -> dict[str, Callable[[], object]]:
     """Every call to compile, by name."""
     x, wide = torch.zeros((TOKENS, 4096)), torch.zeros((TOKENS, 20480))
     calls = {
-        "norm": lambda: triton_kernels.rms_norm(x, x[0], 1e-5, x),
-        "wide norm": lambda: triton_kernels.rms_norm(wide, wide[0], 1e-5),
-        "swiglu": lambda: triton_kernels.swiglu(x, x),
+        "norm": lambda: triton_kernels.norm(x, x[0], 1e-5, x),
+        "wide norm": lambda: triton_kernels.norm(wide, wide[0], 1e-5),
+        "swiglu": lambda: triton_kernels.activate(x, x, "silu"),
         "rotary": rotary(False),
         "interleaved rotary": rotary(True),
     }
