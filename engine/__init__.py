@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from trichord.outputs import CompletionOutput as CompletionOutput
     from trichord.outputs import RequestOutput as RequestOutput
     from trichord.sampling_params import SamplingParams as SamplingParams
-    from trichord.tokenizer import Tokenizer as Tokenizer
+    from trichord.tokenizers import Tokenizer as Tokenizer
     from trichord.weight_format import Weight as Weight
     from trichord.weight_format import WeightFormat as WeightFormat
     from trichord.weights import load_weight as load_weight
@@ -29,7 +29,7 @@ _HOME = {
     "SamplingParams": "sampling_params",
     "RequestOutput": "outputs",
     "CompletionOutput": "outputs",
-    "Tokenizer": "tokenizer",
+    "Tokenizer": "tokenizers",
     "GGUFFile": "gguf_file",
     "WeightFormat": "weight_format",
     "Weight": "weight_format",

@@ -12,7 +12,7 @@ from trichord.template_process import template_process
 
 if TYPE_CHECKING:
     from trichord.gguf_file import GGUFFile
-    from trichord.tokenizer import Tokenizer
+    from trichord.tokenizers import Tokenizer
 
 TIME_LIMIT_SECONDS = 2.0
 

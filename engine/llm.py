@@ -27,7 +27,7 @@ from trichord.outputs import RequestOutput
 from trichord.progress import progress_bar
 from trichord.sampling_params import SamplingParams
 from trichord.sequence import Sequence
-from trichord.tokenizer import Tokenizer
+from trichord.tokenizers import Tokenizer
 
 Prompt: TypeAlias = str | List[int]
 

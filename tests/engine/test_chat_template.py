@@ -20,7 +20,7 @@ from trichord.chat_template import ChatTemplate
 from trichord.errors import RequestError, TemplateError
 from trichord.gguf_file import GGUFFile
 from trichord.template_process import MAX_CHARACTERS, template_process
-from trichord.tokenizer import Tokenizer
+from trichord.tokenizers import Tokenizer
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Hi <b>é\n"}

@@ -14,7 +14,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = {"trichord": "engine", "trichord.triton_kernels": "triton_kernels", "trichord.cpu_fallback": "cpu_fallback"}
+FOLDERS = {
+    "trichord": "engine",
+    "trichord.tokenizers": "engine/tokenizers",
+    "trichord.triton_kernels": "triton_kernels",
+    "trichord.cpu_fallback": "cpu_fallback",
+}
 DEMO_MODEL = ROOT / "engine" / "demo" / "tales.gguf"
 BACKENDS = ("trichord.triton_kernels", "trichord.cpu_fallback")
 

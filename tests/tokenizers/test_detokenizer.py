@@ -8,9 +8,9 @@ from functools import cache
 import pytest
 from support import parity
 
-from trichord.detokenizer import Detokenizer
 from trichord.gguf_file import GGUFFile
-from trichord.tokenizer import Tokenizer
+from trichord.tokenizers import Tokenizer
+from trichord.tokenizers.detokenizer import Detokenizer
 
 PIECES = {
     0: b"",

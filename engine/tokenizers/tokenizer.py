@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, NoReturn, Protocol
 
 import numpy as np
 
-from trichord.detokenizer import Detokenizer
 from trichord.errors import GGUFError, RequestError, TokenizerError
-from trichord.tokenizer_bpe import ByteLevelBPE
-from trichord.tokenizer_specials import SpecialTokens
-from trichord.tokenizer_spm import SentencePiece
-from trichord.tokenizer_vocabulary import TokenType, Vocabulary
-from trichord.tokenizer_wordpiece import WordPiece
+from trichord.tokenizers.bpe import ByteLevelBPE
+from trichord.tokenizers.detokenizer import Detokenizer
+from trichord.tokenizers.specials import SpecialTokens
+from trichord.tokenizers.spm import SentencePiece
+from trichord.tokenizers.vocabulary import TokenType, Vocabulary
+from trichord.tokenizers.wordpiece import WordPiece
 
 if TYPE_CHECKING:
     from trichord.gguf_file import GGUFFile

@@ -11,8 +11,8 @@ import unicodedata
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from trichord.tokenizer_cache import WordCache
-from trichord.tokenizer_vocabulary import TokenType, Vocabulary
+from trichord.tokenizers.cache import WordCache
+from trichord.tokenizers.vocabulary import TokenType, Vocabulary
 
 if TYPE_CHECKING:
     from trichord.gguf_file import GGUFFile

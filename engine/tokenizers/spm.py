@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trichord.errors import TokenizerError
-from trichord.tokenizer_cache import WordCache
-from trichord.tokenizer_vocabulary import TokenType, Vocabulary
+from trichord.tokenizers.cache import WordCache
+from trichord.tokenizers.vocabulary import TokenType, Vocabulary
 
 if TYPE_CHECKING:
     from trichord.gguf_file import GGUFFile

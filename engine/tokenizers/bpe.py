@@ -1,6 +1,6 @@
 """Byte-level byte-pair encoding (`tokenizer.ggml.model` "gpt2"): GPT-2, Llama 3, Qwen and most models since.
 
-A text is cut into words (trichord.pre_tokenizers), each word's UTF-8 bytes are written as 256 printable characters,
+A text is cut into words (`pre_tokenizers`), each word's UTF-8 bytes are written as 256 printable characters,
 and neighbours are merged in the order of the file's list of merges, of equal ones the leftmost first.
 """
 
@@ -13,9 +13,9 @@ from operator import contains
 from typing import TYPE_CHECKING
 
 from trichord.errors import TokenizerError
-from trichord.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
-from trichord.tokenizer_cache import WordCache
-from trichord.tokenizer_vocabulary import TokenType, Vocabulary, string_array
+from trichord.tokenizers.cache import WordCache
+from trichord.tokenizers.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
+from trichord.tokenizers.vocabulary import TokenType, Vocabulary, string_array
 
 if TYPE_CHECKING:
     from tokenizers.models import BPE

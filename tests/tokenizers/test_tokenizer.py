@@ -17,13 +17,13 @@ import tokenizers
 from support import parity
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 
-from trichord import tokenizer_cache
 from trichord.errors import RequestError, TokenizerError
 from trichord.gguf_file import GGUFFile
-from trichord.pre_tokenizers import PRE_TOKENIZERS
-from trichord.tokenizer import Tokenizer
-from trichord.tokenizer_cache import WordCache
-from trichord.tokenizer_specials import SpecialTokens
+from trichord.tokenizers import Tokenizer
+from trichord.tokenizers import cache as word_cache
+from trichord.tokenizers.cache import WordCache
+from trichord.tokenizers.pre_tokenizers import PRE_TOKENIZERS
+from trichord.tokenizers.specials import SpecialTokens
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 VOCABULARIES = ["llama-spm", "phi-3", "gpt-2", "llama-bpe", "falcon", "mpt", "starcoder", "qwen2", "deepseek-coder"]
@@ -577,15 +577,15 @@ def test_several_threads_at_once() -> None:
 
 
 def test_the_word_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer_cache, "MAX_WORDS", 10)
+    monkeypatch.setattr(word_cache, "MAX_WORDS", 10)
     words = WordCache(lambda word: [len(word)])
     assert words.encode(f"{'x' * (index % 100)}{index}" for index in range(1000)) == [
         len(f"{'x' * (index % 100)}{index}") for index in range(1000)
     ]
     assert len(words) <= 10
-    assert max(map(len, words)) <= tokenizer_cache.MAX_LENGTH
+    assert max(map(len, words)) <= word_cache.MAX_LENGTH
 
 
 def test_importing_needs_no_torch() -> None:
-    code = "import sys, trichord.tokenizer, trichord.chat_template; sys.exit('torch' in sys.modules)"
+    code = "import sys, trichord.tokenizers, trichord.chat_template; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
