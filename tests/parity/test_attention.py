@@ -1,0 +1,189 @@
+"""Attention over the paged cache, in all its variants: both backends against float64 NumPy, row by row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from support import relative_error
+
+from trichord.dispatch import Operations, operations
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend's operations and where its tensors live."""
+
+    operations: Operations
+    device: str
+
+
+TRITON = Backend(operations("planes"), "cuda" if torch.cuda.is_available() else "cpu")
+CPU = Backend(operations("blocks"), "cpu")
+both = pytest.mark.parametrize("backend", [pytest.param(TRITON, id="triton"), pytest.param(CPU, id="cpu")])
+
+
+def on(backend: Backend, array: np.ndarray) -> torch.Tensor:
+    """A copy on the backend's device."""
+    return torch.from_numpy(array.copy()).to(backend.device)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A ragged batch: (tokens, context) of each sequence, the shape of heads and cache, and the variant's keywords.
+
+    `latent`: the values are a view of the keys, their elements from this one on.
+    """
+
+    sequences: tuple[tuple[int, int], ...]
+    heads: int
+    kv_heads: int
+    size: int
+    value_size: int
+    page: int
+    dtype: torch.dtype = torch.float32
+    latent: int | None = None
+    variant: dict = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        runs = ",".join(f"{tokens}of{context}" for tokens, context in self.sequences)
+        kind = str(self.dtype).rpartition(".")[2]
+        values = f"v{self.value_size}" + ("" if self.latent is None else f"at{self.latent}")
+        variant = "".join(f"-{name}{'' if value is True else value}" for name, value in self.variant.items())
+        return f"{runs}-h{self.heads}g{self.kv_heads}-d{self.size}{values}-page{self.page}-{kind}{variant}"
+
+    def keywords(self) -> dict:
+        """The operation's keywords, as NumPy arrays where they are tensors."""
+        heads = np.arange(1, self.heads + 1, dtype=np.float32)
+        arrays = {"sinks": 3 * np.cos(heads), "slopes": 2 ** (-8 * heads / self.heads)}
+        return {name: arrays.get(name, value) for name, value in self.variant.items()}
+
+    def visible(self, tokens: int, context: int) -> np.ndarray:
+        """Which positions (context) each query (tokens) sees."""
+        window, chunked, causal = (
+            self.variant.get(name, default) for name, default in (("window", 0), ("chunked", False), ("causal", True))
+        )
+        seen = np.zeros((tokens, context), bool)
+        for row, p in enumerate(range(context - tokens, context)):
+            first = 0 if not window else p // window * window if chunked else max(p - window + 1, 0)
+            seen[row, first : p + 1 if causal else context] = True
+        return seen
+
+
+MIXED = (17, 17), (1, 16), (2, 63), (1, 130), (70, 150)
+
+CASES = [
+    Case(((1, 1),), 1, 1, 64, 64, 16),
+    Case(((1, 130), (1, 2), (1, 15)), 4, 1, 64, 64, 16, torch.float16),
+    Case(((1, 65), (1, 64)), 7, 1, 40, 24, 64),
+    Case(((1, 63),), 8, 8, 80, 80, 64, torch.float16),
+    Case(((16, 16),), 2, 2, 64, 64, 16),
+    Case(((17, 17), (1, 16), (2, 63)), 4, 1, 96, 96, 16, torch.float16),
+    Case(((65, 65), (1, 130)), 7, 1, 40, 56, 64),
+    Case(((15, 130), (1, 1), (1, 64)), 8, 2, 128, 64, 64, torch.float16),
+    Case(((130, 130),), 2, 1, 64, 64, 64, torch.float16),
+    Case(((3, 20), (0, 7), (1, 33)), 2, 1, 192, 128, 16),
+]
+
+
+def attention_inputs(case: Case, backend: Backend):
+    """q as a slice of a fused product, caches whose unseen positions are NaN, shuffled pages, junk in the tables.
+
+    Returns the arguments of the operation up to max_query and scale, q, each sequence's keys and values, the starts.
+    """
+    generator = np.random.default_rng(5)
+    starts = np.cumsum([0, *(tokens for tokens, _ in case.sequences)])
+    counts = [-(-context // case.page) for _, context in case.sequences]
+    order = generator.permutation(sum(counts) + 3)
+    tables = np.full((len(counts), max(counts) + 1), 2**30, np.int32)
+    keys = np.full((len(order), case.kv_heads, case.page, case.size), np.nan, np.float32)
+    values = np.full((len(order), case.kv_heads, case.page, case.value_size), np.nan, np.float32)
+    contexts = []
+    for row, (tokens, context), count in zip(tables, case.sequences, counts, strict=True):
+        pages, order = order[:count], order[count:]
+        key = generator.standard_normal((context, case.kv_heads, case.size)).astype(np.float16)
+        value = generator.standard_normal((context, case.kv_heads, case.value_size)).astype(np.float16)
+        if case.latent is not None:
+            value = key[..., case.latent : case.latent + case.value_size]
+        seen = np.flatnonzero(case.visible(tokens, context).any(axis=0)) if tokens else np.arange(0)
+        keys[pages[seen // case.page], :, seen % case.page] = key[seen]
+        values[pages[seen // case.page], :, seen % case.page] = value[seen]
+        row[np.unique(seen // case.page)] = pages[np.unique(seen // case.page)]
+        contexts.append((key.astype(np.float64), value.astype(np.float64)))
+    fused = generator.standard_normal((starts[-1], case.heads * case.size + 8)).astype(np.float32)
+    q = fused[:, : case.heads * case.size].reshape(-1, case.heads, case.size)
+    key_cache = on(backend, keys).to(case.dtype)
+    value_cache = on(backend, values).to(case.dtype)
+    if case.latent is not None:
+        value_cache = key_cache[..., case.latent : case.latent + case.value_size]
+    arguments = (
+        on(backend, fused)[:, : case.heads * case.size].unflatten(1, (case.heads, case.size)),
+        key_cache,
+        value_cache,
+        on(backend, tables),
+        on(backend, starts.astype(np.int32)),
+        on(backend, np.array([context for _, context in case.sequences], np.int32)),
+        max(tokens for tokens, _ in case.sequences),
+        1.7 / case.size**0.5,
+    )
+    return arguments, q.astype(np.float64), contexts, starts
+
+
+def attention_oracle(case: Case, q: np.ndarray, contexts: list, starts: np.ndarray) -> np.ndarray:
+    """Softmax attention one sequence and head at a time."""
+    keywords = case.keywords()
+    cap, sinks, slopes = (keywords.get(name) for name in ("soft_cap", "sinks", "slopes"))
+    expected = np.empty((len(q), case.heads, case.value_size))
+    for (key, value), (tokens, context), start in zip(contexts, case.sequences, starts, strict=False):
+        distances = np.arange(context) - np.arange(context - tokens, context)[:, None]
+        for head in range(case.heads):
+            kv_head = head // (case.heads // case.kv_heads)
+            scores = q[start : start + tokens, head] @ key[:, kv_head].T * (1.7 / case.size**0.5)
+            if cap:
+                scores = cap * np.tanh(scores / cap)
+            if slopes is not None:
+                scores = scores + float(slopes[head]) * distances
+            weights = np.exp(np.where(case.visible(tokens, context), scores, -np.inf))
+            total = weights.sum(1, keepdims=True) + (0 if sinks is None else np.exp(float(sinks[head])))
+            expected[start : start + tokens, head] = weights @ value[:, kv_head] / total
+    return expected
+
+
+def attend(backend: Backend, case: Case, arguments: tuple, precision: str) -> torch.Tensor:
+    """The operation on these arguments with the case's keywords."""
+    keywords = {
+        name: on(backend, value.astype(np.float32)) if isinstance(value, np.ndarray) else value
+        for name, value in case.keywords().items()
+    }
+    return backend.operations.attention(*arguments, precision, **keywords)
+
+
+@both
+@pytest.mark.parametrize("precision", ["exact", "default"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention(backend, case, precision):
+    arguments, q, contexts, starts = attention_inputs(case, backend)
+    y = attend(backend, case, arguments, precision)
+    assert y.shape == (starts[-1], case.heads, case.value_size) and y.dtype == torch.float32
+    error = relative_error(y.cpu(), attention_oracle(case, q, contexts, starts))
+    assert error < (1e-6 if precision == "exact" or backend is CPU else 1e-3)
+
+
+@both
+@pytest.mark.parametrize("magnitude", [2.0**20, 2.0**-20])
+def test_queries_beyond_the_range_of_half_precision(backend, magnitude):
+    case = Case(((1, 40), (9, 9)), 2, 1, 64, 64, 16, torch.float16)
+    (q, *cache, max_query, scale), oracle_q, contexts, starts = attention_inputs(case, backend)
+    y = backend.operations.attention(q * magnitude, *cache, max_query, scale / magnitude, "default")
+    assert relative_error(y.cpu(), attention_oracle(case, oracle_q, contexts, starts)) < 1e-3
+
+
+@both
+def test_arguments_are_left_alone(backend):
+    arguments, *_ = attention_inputs(CASES[1], backend)
+    before = [argument.clone() for argument in arguments[:6]]
+    backend.operations.attention(*arguments, "default")
+    for argument, copy in zip(arguments, before, strict=False):
+        torch.testing.assert_close(argument, copy, rtol=0, atol=0, equal_nan=True)
