@@ -1,4 +1,4 @@
-"""RMS normalisation of the residual stream, with the residual's addition in the same launch."""
+"""Normalisation of the residual stream, or of heads, with the residual's addition in the same launch."""
 
 from __future__ import annotations
 
@@ -7,17 +7,29 @@ import triton
 import triton.language as tl
 
 MAX_BLOCK = 16384  # elements of a row held in registers at once: 64 a thread with the 8 warps below
+SPAN = 1024  # elements that a program takes at least: several rows where they are short
 
 
 @triton.jit
-def _updated(residual, delta, columns, width, HAS_DELTA: tl.constexpr):
-    """The row's elements at `columns` after the addition, written back when there is one."""
-    mask = columns < width
-    row = tl.load(residual + columns, mask=mask, other=0.0)
-    if HAS_DELTA:
-        row += tl.load(delta + columns, mask=mask, other=0.0)
-        tl.store(residual + columns, row, mask=mask)
-    return row
+def _updated(residual, delta, present, columns, width):
+    """The rows' elements at `columns` after the addition, written back when there is one."""
+    mask = present & (columns < width)
+    x = tl.load(residual + columns, mask=mask, other=0.0)
+    if delta is not None:
+        x += tl.load(delta + columns, mask=mask, other=0.0)
+        tl.store(residual + columns, x, mask=mask)
+    return x
+
+
+@triton.jit
+def _store(output, x, scale, gain, bias, present, columns, width):
+    mask = present & (columns < width)
+    x *= scale
+    if gain is not None:
+        x *= tl.load(gain + columns, mask=mask, other=0.0)
+    if bias is not None:
+        x += tl.load(bias + columns, mask=mask, other=0.0)
+    tl.store(output + columns, x, mask=mask)
 
 
 @triton.jit
@@ -25,58 +37,103 @@ def norm_kernel(
     residual,
     delta,
     gain,
+    bias,
     output,
+    rows,
+    heads,
     width,
-    residual_stride,
-    delta_stride,
+    gain_lines,
+    bias_lines,
+    residual_token_stride,
+    residual_head_stride,
+    delta_token_stride,
+    delta_head_stride,
     epsilon,
-    HAS_DELTA: tl.constexpr,
+    CENTERED: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a row. The first block stays in registers; a row wider than BLOCK is read once more."""
-    token = tl.program_id(0).to(tl.int64)
-    residual += token * residual_stride
-    delta += token * delta_stride
-    output += token * width
-    columns = tl.arange(0, BLOCK)
-    first = _updated(residual, delta, columns, width, HAS_DELTA)
-    squares = first * first
+    """One program ROWS rows. Their first block stays in registers; rows wider than BLOCK are read again."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    present = row < rows
+    token, head = (row // heads).to(tl.int64), row % heads
+    residual += token * residual_token_stride + head * residual_head_stride
+    if delta is not None:
+        delta += token * delta_token_stride + head * delta_head_stride
+    if gain is not None:
+        gain += row % gain_lines * width
+    if bias is not None:
+        bias += row % bias_lines * width
+    output += row.to(tl.int64) * width
+    columns = tl.arange(0, BLOCK)[None, :]
+    first = _updated(residual, delta, present, columns, width)
+    sums = first if CENTERED else first * first
     for start in range(BLOCK, width, BLOCK):
-        row = _updated(residual, delta, start + columns, width, HAS_DELTA)
-        squares += row * row
-    inverse = tl.rsqrt(tl.sum(squares, axis=0) / width + epsilon)
-    mask = columns < width
-    tl.store(output + columns, first * inverse * tl.load(gain + columns, mask=mask, other=0.0), mask=mask)
-    tl.debug_barrier()  # the loop below reads what other threads of this program may have written above
+        x = _updated(residual, delta, present, start + columns, width)
+        sums += x if CENTERED else x * x
+    tl.debug_barrier()  # the loops below read what other threads of this program may have written above
+    mean = 0.0
+    if CENTERED:
+        mean = tl.sum(sums, axis=1, keep_dims=True) / width
+        first = tl.where(columns < width, first - mean, 0.0)
+        sums = first * first
+        for start in range(BLOCK, width, BLOCK):
+            mask = present & (start + columns < width)
+            x = tl.where(mask, tl.load(residual + start + columns, mask=mask, other=0.0) - mean, 0.0)
+            sums += x * x
+    scale = tl.rsqrt(tl.sum(sums, axis=1, keep_dims=True) / width + epsilon)
+    _store(output, first, scale, gain, bias, present, columns, width)
     for start in range(BLOCK, width, BLOCK):
-        mask = start + columns < width
-        row = tl.load(residual + start + columns, mask=mask, other=0.0)
-        scaled = row * inverse * tl.load(gain + start + columns, mask=mask, other=0.0)
-        tl.store(output + start + columns, scaled, mask=mask)
+        x = tl.load(residual + start + columns, mask=present & (start + columns < width), other=0.0) - mean
+        _store(output, x, scale, gain, bias, present, start + columns, width)
 
 
 def norm(
-    residual: torch.Tensor, gain: torch.Tensor, epsilon: float, delta: torch.Tensor | None = None
+    residual: torch.Tensor,
+    gain: torch.Tensor | None,
+    epsilon: float,
+    delta: torch.Tensor | None = None,
+    *,
+    bias: torch.Tensor | None = None,
+    centered: bool = False,
 ) -> torch.Tensor:
-    """residual (T, K) float32 += delta, in place; returns residual / rms(residual) * gain (T, K), contiguous.
+    """residual (T, K) float32 += delta, in place; returns its normalised rows (T, K) * gain + bias, contiguous.
 
-    rms(x) = sqrt(mean(x²) + epsilon) (Zhang and Sennrich, 2019). Rows may be strided, elements of a row may not.
+    A row is divided by sqrt(mean(x²) + epsilon) (RMS norm: Zhang and Sennrich, 2019), or, `centered`, by
+    sqrt(variance + epsilon) after its mean is subtracted (layer norm: Ba et al., 2016). gain and bias, contiguous, are
+    (K,), or (M, K) where row t takes line t % M. residual and delta may be (T, H, D): then each head is a row, row
+    t * H + h, and so is the result's. Only the elements of a row must be adjacent.
     """
-    tokens, width = residual.shape
-    output = torch.empty((tokens, width), dtype=torch.float32, device=residual.device)
+    *leading, width = residual.shape
+    heads = leading[1] if len(leading) == 2 else 1
+    rows = leading[0] * heads
+    output = torch.empty(residual.shape, dtype=torch.float32, device=residual.device)
     block = min(triton.next_power_of_2(width), MAX_BLOCK)
-    norm_kernel[(tokens,)](
+    rows_together = max(1, SPAN // block)
+    norm_kernel[(triton.cdiv(rows, rows_together),)](
         residual,
-        residual if delta is None else delta,
+        delta,
         gain,
+        bias,
         output,
+        rows,
+        heads,
         width,
-        residual.stride(0),
-        0 if delta is None else delta.stride(0),
+        *(1 if lines is None else lines.numel() // width for lines in (gain, bias)),
+        *_strides(residual),
+        *_strides(delta),
         epsilon,
-        HAS_DELTA=delta is not None,
+        CENTERED=centered,
+        ROWS=rows_together,
         BLOCK=block,
-        num_warps=max(1, min(8, block // 256)),
+        num_warps=max(1, min(8, rows_together * block // 256)),
         enable_fp_fusion=True,
     )
     return output
+
+
+def _strides(x: torch.Tensor | None) -> tuple[int, int]:
+    """Elements from a token to the next and from a head to the next."""
+    if x is None:
+        return 0, 0
+    return x.stride(0), x.stride(1) if x.ndim == 3 else 0

@@ -76,33 +76,37 @@ def rotary_and_cache_kernel(
             rest = 2 * PAIRS + tl.arange(0, BLOCK_REST)[None, :]
             inside = (heads < kv_heads) & (rest < HEAD_SIZE)
             tl.store(key + rest, tl.load(row + rest, mask=inside).to(key_cache.dtype.element_ty), mask=inside)
-        columns = tl.arange(0, BLOCK_VALUE)[None, :]
-        present = (heads < kv_heads) & (columns < VALUE_SIZE)
-        value = tl.load(v + token * v_token_stride + heads * v_head_stride + columns, mask=present)
-        tl.store(value_cache + position * VALUE_SIZE + columns, value.to(value_cache.dtype.element_ty), mask=present)
+        if VALUE_SIZE > 0:
+            columns = tl.arange(0, BLOCK_VALUE)[None, :]
+            present = (heads < kv_heads) & (columns < VALUE_SIZE)
+            value = tl.load(v + token * v_token_stride + heads * v_head_stride + columns, mask=present)
+            place = value_cache + position * VALUE_SIZE + columns
+            tl.store(place, value.to(value_cache.dtype.element_ty), mask=present)
 
 
 def rotary_and_cache(
     q: torch.Tensor,
     k: torch.Tensor,
-    v: torch.Tensor,
+    v: torch.Tensor | None,
     cos: torch.Tensor,
     sin: torch.Tensor,
     key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    value_cache: torch.Tensor | None,
     slots: torch.Tensor,
     interleaved: bool,
 ) -> None:
     """Rotates q (T, H, D) in place; writes the rotated k (T, G, D) and v (T, G, Dv) at `slots` (T,) int64.
 
     cos, sin (T, R/2), contiguous, rotate the first R <= D elements: pairs (2i, 2i+1) when interleaved (Su et al.,
-    2021), else (i, i + R/2) (GPT-NeoX); the rest passes through. Caches are (P, G, page, D) and (P, G, page, Dv),
-    contiguous, float32 or float16; slot = page index * page + offset. q, k and v may be slices of one product: only
-    the elements of a head must be adjacent.
+    2021), else (i, i + R/2) (GPT-NeoX); the rest passes through, with R = 0 all. Caches are (P, G, page, D) and
+    (P, G, page, Dv), contiguous, float32 or float16; slot = page index * page + offset. Without v only the keys are
+    written. q, k and v may be slices of one product: only the elements of a head must be adjacent.
     """
     tokens, query_heads, head_size = q.shape
-    kv_heads, value_size = v.shape[1:]
-    pairs = cos.shape[1]
+    kv_heads, pairs = k.shape[1], cos.shape[1]
+    value_size = 0 if v is None else v.shape[2]
+    if not pairs:
+        query_heads = 0  # none that turns
     grid = (tokens, triton.cdiv(query_heads, BLOCK_HEADS) + triton.cdiv(kv_heads, BLOCK_HEADS))
     rotary_and_cache_kernel[grid](
         q,
@@ -117,15 +121,15 @@ def rotary_and_cache(
         kv_heads,
         *q.stride()[:2],
         *k.stride()[:2],
-        *v.stride()[:2],
+        *((0, 0) if v is None else v.stride()[:2]),
         HEAD_SIZE=head_size,
         VALUE_SIZE=value_size,
         PAGE=key_cache.shape[2],
         PAIRS=pairs,
         INTERLEAVED=interleaved,
         BLOCK_HEADS=BLOCK_HEADS,
-        BLOCK_PAIRS=triton.next_power_of_2(pairs),
+        BLOCK_PAIRS=triton.next_power_of_2(max(pairs, 1)),
         BLOCK_REST=triton.next_power_of_2(max(head_size - 2 * pairs, 1)),
-        BLOCK_VALUE=triton.next_power_of_2(value_size),
+        BLOCK_VALUE=triton.next_power_of_2(max(value_size, 1)),
         enable_fp_fusion=True,
     )
