@@ -16,7 +16,8 @@ from trichord.scheduler import Chunk
 class Batch:
     """T tokens of S sequences; the tensors are what `Operations.attention` and `rotary_and_cache` describe.
 
-    `logit_rows` (R,) are the tokens whose logits are wanted.
+    `logit_rows` (R,) are the tokens whose logits are wanted. `state_slots` (S,) int64 hold the sequences' recurrent
+    states; those of `new_slots` begin with this step.
     """
 
     token_ids: torch.Tensor
@@ -26,6 +27,8 @@ class Batch:
     context_lengths: torch.Tensor
     page_tables: torch.Tensor
     logit_rows: torch.Tensor
+    state_slots: torch.Tensor
+    new_slots: torch.Tensor
     max_query: int
 
     @classmethod
@@ -54,6 +57,8 @@ class Batch:
             context_lengths=torch.tensor([chunk.end for chunk in chunks], dtype=torch.int32),
             page_tables=torch.from_numpy(tables),
             logit_rows=torch.from_numpy(np.concatenate(logit_rows)),
+            state_slots=torch.tensor([chunk.sequence.slot for chunk in chunks]),
+            new_slots=torch.tensor([chunk.sequence.slot for chunk in chunks if chunk.start == 0], dtype=torch.int64),
             max_query=max(counts),
         )
 

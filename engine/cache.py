@@ -1,14 +1,17 @@
-"""Caches: what a layer declares, and the pages that hold it.
+"""Caches: what a block declares, and the pages and slots that hold it.
 
-A layer says what it must remember of each position (`KeyValueSpec`); the engine allocates one tensor a layer, cut into
-pages of PAGE_SIZE positions. Sequences own lists of pages, the same indices in every layer. A full page is known by
-the tokens up to its end, so that a later prompt with the same beginning takes it over instead of computing it again.
+A block says what it must remember of each position (`KeyValueSpec`), or of a whole sequence (`StateSpec`). The engine
+allocates tensors for it: of pages of PAGE_SIZE positions, or of slots, one a running sequence. Sequences own lists of
+pages and a slot, the same indices in every layer. A full page is known by the tokens up to its end, so that a later
+prompt with the same beginning takes it over instead of computing it again.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from math import prod
+from typing import TypeAlias
 
 import torch
 
@@ -27,7 +30,12 @@ class KeyValueSpec:
         """Bytes of one page of this layer."""
         return PAGE_SIZE * self.kv_heads * (self.key_size + self.value_size) * dtype.itemsize
 
-    def allocate(self, pages: int, dtype: torch.dtype, device: torch.device) -> KeyValueCache:
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one sequence's slot."""
+        return 0
+
+    def allocate(self, pages: int, slots: int, dtype: torch.dtype, device: torch.device) -> KeyValueCache:
         """Zeroed, because masked positions are multiplied by zero and must not be NaN."""
         keys, values = (
             torch.zeros(pages, self.kv_heads, PAGE_SIZE, size, dtype=dtype, device=device)
@@ -44,6 +52,42 @@ class KeyValueCache:
     values: torch.Tensor
 
 
+@dataclass(frozen=True)
+class StateSpec:
+    """What a recurrent block carries from token to token: float32 tensors of these shapes for each sequence."""
+
+    shapes: tuple[tuple[int, ...], ...]
+
+    def page_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of one page: none, positions leave nothing but the state."""
+        return 0
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one sequence's slot."""
+        return 4 * sum(prod(shape) for shape in self.shapes)
+
+    def allocate(self, pages: int, slots: int, dtype: torch.dtype, device: torch.device) -> StateCache:
+        """One slot a sequence; a slot is zeroed when a sequence takes it."""
+        return StateCache(tuple(torch.zeros(slots, *shape, device=device) for shape in self.shapes))
+
+
+@dataclass(frozen=True)
+class StateCache:
+    """One block's states: tensors (slots, ...)."""
+
+    states: tuple[torch.Tensor, ...]
+
+    def clear(self, slots: torch.Tensor) -> None:
+        """Zeroes these slots (int64)."""
+        for state in self.states:
+            state.index_fill_(0, slots, 0.0)
+
+
+Cache: TypeAlias = KeyValueCache | StateCache
+CacheSpec: TypeAlias = KeyValueSpec | StateSpec
+
+
 def pages_for(positions: int) -> int:
     """How many pages hold this many positions."""
     return -(-positions // PAGE_SIZE)
@@ -52,11 +96,13 @@ def pages_for(positions: int) -> int:
 class PagePool:
     """Which pages are free, which are shared, and which computed prefix each full page ends.
 
-    Freed pages keep their contents until they are handed out again, least recently used first.
+    Freed pages keep their contents until they are handed out again, least recently used first. Without `sharing` no
+    prefix is remembered: a recurrent state belongs to the end of its sequence only.
     """
 
-    def __init__(self, pages: int) -> None:
+    def __init__(self, pages: int, sharing: bool = True) -> None:
         self.size = pages
+        self.sharing = sharing
         self._owners = [0] * pages
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(pages))
         self._page_of: dict[int, int] = {}
@@ -86,6 +132,8 @@ class PagePool:
 
     def remember(self, pages: list[int], tokens: list[int], start: int, stop: int) -> None:
         """Makes pages[start:stop], full with these tokens of a sequence, known to later prompts."""
+        if not self.sharing:
+            return
         key = self._key_before(pages, start)
         for index in range(start, stop):
             if key is None:

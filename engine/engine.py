@@ -15,7 +15,7 @@ import torch
 
 from trichord.batch import Batch
 from trichord.cache import PagePool
-from trichord.decoder import Decoder
+from trichord.models.decoder import Decoder
 from trichord.device import memory_errors
 from trichord.dispatch import Precision
 from trichord.outputs import TokenLogprobs
@@ -44,12 +44,13 @@ class Engine:
     ) -> None:
         self.model = model
         self.precision = precision
-        self.scheduler = Scheduler(PagePool(pages), max_batch_tokens, max_sequences)
+        self.scheduler = Scheduler(PagePool(pages, not model.has_states), max_batch_tokens, max_sequences)
         self._piece = piece
         self._lock = threading.Lock()
         with memory_errors("allocating the key-value cache"):
             self.caches = [
-                layer.attention.cache.allocate(pages, kv_dtype, layer.place.device) for layer in model.layers
+                [spec.allocate(pages, max_sequences, kv_dtype, layer.place.device) for spec in layer.caches]
+                for layer in model.layers
             ]
 
     def run(self, sequences: List[Sequence]) -> Iterator[None]:
@@ -80,6 +81,17 @@ class Engine:
     @torch.inference_mode()
     def _step(self) -> None:
         chunks = self.scheduler.schedule()
+        try:
+            self._compute(chunks)
+        except BaseException:
+            # Keys and values are written again where they were; a state has moved on and must be computed anew.
+            if self.model.has_states:
+                for chunk in reversed(chunks):
+                    if not chunk.sequence.finished:
+                        self.scheduler.preempt(chunk.sequence)
+            raise
+
+    def _compute(self, chunks: list[Chunk]) -> None:
         with memory_errors("computing a step"):
             logits = self.model.forward(Batch.of(chunks), self.caches, self.precision)
         parts = torch.split(logits, [chunk.logit_rows for chunk in chunks])

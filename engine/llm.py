@@ -16,13 +16,13 @@ import torch
 from trichord.cache import PAGE_SIZE, pages_for
 from trichord.chat_template import ChatTemplate
 from trichord.completion_text import CompletionText
-from trichord.decoder import Decoder
 from trichord.device import CPU, Place, resolve
 from trichord.dispatch import PRECISIONS, Precision, set_threads
 from trichord.engine import Engine
 from trichord.errors import DeviceError, RequestError, TokenizerError
 from trichord.gguf_file import GGUFFile
-from trichord.model_config import ModelConfig
+from trichord.models.config import ModelConfig
+from trichord.models.decoder import Decoder
 from trichord.outputs import RequestOutput
 from trichord.progress import progress_bar
 from trichord.sampling_params import SamplingParams
@@ -78,7 +78,7 @@ class LLM:
         self.config = ModelConfig.from_gguf(self.file)
         self.tokenizer, self._no_tokenizer = _tokenizer(self.file)
         self.context_length = _context(context_length, self.config)
-        places = _places(place, gpu_layers, self.config.layers)
+        places = _places(place, gpu_layers, len(self.config.layers))
         outer = place if places[0] == place else CPU
         size = sum(tensor.nbytes for tensor in self.file.tensors.values())
         with progress_bar("Loading", size, "bytes", progress) as advance:
@@ -238,14 +238,23 @@ class LLM:
         of_context = pages_for(self.context_length)
         pages = of_context * max_sequences
         per_place: dict[Place, int] = {}
+        slots: dict[Place, int] = {}
         for layer in self.model.layers:
-            per_place[layer.place] = per_place.get(layer.place, 0) + layer.attention.cache.page_bytes(dtype)
+            per_place[layer.place] = per_place.get(layer.place, 0) + sum(c.page_bytes(dtype) for c in layer.caches)
+            slots[layer.place] = slots.get(layer.place, 0) + max_sequences * sum(c.slot_bytes for c in layer.caches)
         for place, page_bytes in per_place.items():
             budget = cache_bytes
             if budget is None:
                 # The CPU's pages are only touched when used, but the memory is shared with everything else.
                 budget = place.free_bytes() * (0.85 if place.device.type == "cuda" else 0.25)
-            pages = min(pages, int(budget // page_bytes))
+            budget -= slots[place]
+            if budget < 0:
+                raise DeviceError(
+                    f"No memory for the states of {max_sequences} sequences, {slots[place] / 2**30:.1f} GiB: "
+                    "lower max_sequences."
+                )
+            if page_bytes:
+                pages = min(pages, int(budget // page_bytes))
         if pages < of_context:
             needed = sum(per_place.values())
             if pages < 1:

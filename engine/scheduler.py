@@ -53,6 +53,7 @@ class Scheduler:
         self.max_sequences = max_sequences
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self._free_slots = list(range(max_sequences))
         self.preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
@@ -105,6 +106,7 @@ class Scheduler:
             return False
         self.pool.share(known)
         sequence.pages = known + self.pool.allocate(needed)
+        sequence.slot = self._free_slots.pop()
         sequence.computed = len(known) * PAGE_SIZE
         sequence.remembered_pages = len(known)
         return True
@@ -114,14 +116,15 @@ class Scheduler:
         needed = pages_for(positions) - len(sequence.pages)
         while needed > self.pool.free_pages:
             victim = self.running[-1]
-            self._preempt(victim)
+            self.preempt(victim)
             if victim is sequence:
                 return False
         if needed > 0:
             sequence.pages += self.pool.allocate(needed)
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def preempt(self, sequence: Sequence) -> None:
+        """Takes everything from a running sequence and makes it the next to be admitted, to be computed anew."""
         self.running.remove(sequence)
         self._release(sequence)
         self.waiting.appendleft(sequence)
@@ -132,6 +135,9 @@ class Scheduler:
         if sequence.owes_prompt_results:  # they will be computed from the start again
             sequence.prompt_results.clear()
         sequence.pages = []
+        if sequence.slot >= 0:
+            self._free_slots.append(sequence.slot)
+            sequence.slot = -1
         sequence.computed = 0
         sequence.remembered_pages = 0
 

@@ -30,6 +30,7 @@ class Sequence:
     prompt_length: int = field(init=False)
     seed: int = field(init=False)
     pages: list[int] = field(default_factory=list)
+    slot: int = -1
     computed: int = 0
     remembered_pages: int = 0
     logprobs: list[TokenLogprobs] = field(default_factory=list)

@@ -1,0 +1,102 @@
+"""Grouped-query attention over the paged cache."""
+
+from __future__ import annotations
+
+import torch
+
+from trichord.cache import KeyValueCache, KeyValueSpec
+from trichord.models.config import LayerConfig, ModelConfig
+from trichord.models.linear import TensorSource, project
+from trichord.models.norm import Norm
+from trichord.models.step import Step
+
+
+class Attention:
+    """Queries, keys and values from the input, attention over what the sequence has seen, and the output matrix."""
+
+    def __init__(self, source: TensorSource, config: ModelConfig, layer: LayerConfig) -> None:
+        architecture = config.architecture
+        self.operations = source.place.operations
+        self.config, self.layer = config, layer
+        self.query_parts = 2 if architecture.gated_queries else 1
+        query = layer.heads * layer.head_size * self.query_parts
+        self.widths = [query, layer.kv_heads * layer.head_size, layer.kv_heads * layer.value_size]
+        if source.has("attn_qkv"):
+            self.inputs = [source.linear("attn_qkv", sum(self.widths), config.hidden_size)]
+        else:
+            names = ("attn_q", "attn_k", "attn_v")
+            self.inputs = [
+                source.linear(name, width, config.hidden_size) for name, width in zip(names, self.widths, strict=True)
+            ]
+        mixed = layer.heads * layer.value_size
+        self.output_gate = source.linear("attn_gate", mixed, config.hidden_size) if source.has("attn_gate") else None
+        self.output = source.linear("attn_output", config.hidden_size, mixed)
+        sizes = (
+            (name, heads, layer.head_size)
+            for name, heads in (("attn_q_norm", layer.heads), ("attn_k_norm", layer.kv_heads))
+        )
+        self.head_norms = [Norm.of_heads(source, *size, config) for size in sizes]
+        self.sinks = source.optional_vector("attn_sinks.weight", layer.heads)
+        self.slopes = (
+            alibi_slopes(layer.heads, config.alibi_bias).to(source.place.device) if config.alibi_bias else None
+        )
+        self.scale = config.attention_scale or layer.head_size**-0.5
+        self.cache = KeyValueSpec(layer.kv_heads, layer.head_size, layer.value_size)
+
+    def forward(self, x: torch.Tensor, step: Step, cache: KeyValueCache) -> torch.Tensor:
+        """x (T, hidden) -> (T, hidden); writes the batch's keys and values into the cache."""
+        config, layer, batch = self.config, self.layer, step.batch
+        architecture = config.architecture
+        gate: torch.Tensor | None = None
+        linears = [*self.inputs, self.output_gate] if self.output_gate else self.inputs
+        products = project(x, linears, step.precision)
+        if self.output_gate:
+            gate = products.pop()
+        q, k, v = products if len(products) == 3 else products[0].split(self.widths, dim=1)
+        if config.query_key_clamp:
+            q, k, v = (y.clamp(-config.query_key_clamp, config.query_key_clamp) for y in (q, k, v))
+        q = q.view(len(x), layer.heads, -1)
+        if self.query_parts == 2:
+            q, gate = q.split(layer.head_size, dim=2)
+            q, gate = q.contiguous(), gate.reshape(len(x), -1)
+        k = k.view(len(x), layer.kv_heads, -1)
+        v = v.view(len(x), layer.kv_heads, -1)
+        if not architecture.head_norm_last:
+            q, k = self._normalized(q, k)
+        cos, sin = step.angles(layer.rotary)
+        interleaved = architecture.rotary == "interleaved"
+        self.operations.rotary_and_cache(q, k, v, cos, sin, cache.keys, cache.values, batch.slots, interleaved)
+        mixed = self.operations.attention(
+            q,
+            cache.keys,
+            cache.values,
+            batch.page_tables,
+            batch.query_starts,
+            batch.context_lengths,
+            batch.max_query,
+            self.scale,
+            step.precision,
+            causal=architecture.causal,
+            window=layer.window,
+            chunked=architecture.window_chunked,
+            soft_cap=config.attention_soft_cap,
+            sinks=self.sinks,
+            slopes=self.slopes,
+        ).view(len(x), -1)
+        if gate is not None:
+            mixed *= gate.sigmoid_()
+        return project(mixed, [self.output], step.precision)[0]
+
+    def _normalized(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k = (norm.of_rows(y) if norm else y for y, norm in zip((q, k), self.head_norms, strict=True))
+        return q, k
+
+
+def alibi_slopes(heads: int, largest_bias: float) -> torch.Tensor:
+    """ALiBi's slope of each head (H,): powers that fall from head to head (Press et al., 2108.12409).
+
+    Where the number of heads is no power of two, the heads beyond it take the odd powers of half the step.
+    """
+    power = 1 << (heads.bit_length() - 1)
+    first, between = (2.0 ** (-largest_bias / count) for count in (power, 2 * power))
+    return torch.tensor([first ** (h + 1) if h < power else between ** (2 * (h - power) + 1) for h in range(heads)])

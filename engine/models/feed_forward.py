@@ -1,0 +1,98 @@
+"""Feed-forward networks: dense ones, and mixtures of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from trichord.models.config import ModelConfig
+from trichord.models.linear import TensorSource, project, project_experts
+from trichord.models.step import Step
+
+
+class FeedForward:
+    """down(activation(gate(x)) * up(x)), or down(activation(up(x))) without a gate.
+
+    `suffix` distinguishes the shared experts' tensors. One matrix may hold gate and up.
+    """
+
+    def __init__(self, source: TensorSource, config: ModelConfig, suffix: str = "") -> None:
+        self.operations = source.place.operations
+        self.activation = config.architecture.activation
+        down = source.shape(f"ffn_down{suffix}")
+        self.output = source.linear(f"ffn_down{suffix}", config.hidden_size, down[-1])
+        rows = source.shape(f"ffn_up{suffix}")[0]
+        sides = ("gate", "up") if source.has(f"ffn_gate{suffix}") else ("up",)
+        if rows != down[-1] and (len(sides) == 2 or rows != 2 * down[-1]):
+            raise source.fail(f"{source.prefix}ffn_up{suffix} has {rows} rows, ffn_down{suffix} {down[-1]} columns")
+        self.inputs = [source.linear(f"ffn_{side}{suffix}", rows, config.hidden_size) for side in sides]
+        self.gated_width = down[-1] if rows == 2 * down[-1] else 0
+        self.sharing = (
+            source.linear(f"ffn_gate_inp{suffix}", 1, config.hidden_size)
+            if suffix and source.has(f"ffn_gate_inp{suffix}")
+            else None
+        )
+
+    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        """x (T, hidden) -> (T, hidden)."""
+        y = activated(self.operations, project(x, self.inputs, step.precision), self.gated_width, self.activation)
+        (y,) = project(y, [self.output], step.precision)
+        if self.sharing:
+            y *= project(x, [self.sharing], step.precision)[0].sigmoid_()
+        return y
+
+
+class Experts:
+    """Each token goes through the few experts that its router scores best; shared ones take every token."""
+
+    def __init__(self, source: TensorSource, config: ModelConfig) -> None:
+        if config.experts is None:
+            raise source.fail(f"{source.prefix}ffn_gate_inp routes to experts that the metadata does not count")
+        self.operations = source.place.operations
+        self.activation = config.architecture.activation
+        self.weights_first = config.architecture.experts.weights_first
+        self.experts = config.experts
+        count, hidden = config.experts.count, config.hidden_size
+        self.router = source.linear("ffn_gate_inp", count, hidden)
+        self.bias = source.optional_vector("exp_probs_b.bias", count)
+        width = source.shape("ffn_down_exps")[-1]
+        self.output = source.linear("ffn_down_exps", count, hidden, width)
+        fused = source.has("ffn_gate_up_exps")
+        sides = ("gate", "up") if source.has("ffn_gate_exps") else ("up",)
+        self.inputs = (
+            [source.linear("ffn_gate_up_exps", count, 2 * width, hidden)]
+            if fused
+            else [source.linear(f"ffn_{side}_exps", count, width, hidden) for side in sides]
+        )
+        self.gated_width = width if fused else 0
+        self.shared = FeedForward(source, config, "_shexp") if source.has("ffn_up_shexp") else None
+
+    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        """x (T, hidden) -> (T, hidden)."""
+        routing = self.experts
+        (logits,) = project(x, [self.router], step.precision)
+        chosen, weights = self.operations.route(
+            logits,
+            routing.used,
+            routing.gating,
+            self.bias,
+            groups=routing.groups,
+            groups_used=routing.groups_used,
+            normalize=routing.normalize,
+            scale=routing.scale,
+        )
+        inputs = (x[:, None] * weights[..., None]).contiguous() if self.weights_first else x
+        products = project_experts(inputs, self.inputs, chosen, step.precision)
+        y = activated(self.operations, products, self.gated_width, self.activation)
+        (y,) = project_experts(y, [self.output], chosen, step.precision)
+        total = y.sum(1) if self.weights_first else torch.bmm(weights[:, None], y)[:, 0]
+        return total if self.shared is None else total.add_(self.shared.forward(x, step))
+
+
+def activated(operations, products: Sequence[torch.Tensor], gated_width: int, activation) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    """Gate and up projections (..., F), one after the other or side by side in one (..., 2F), or up alone."""
+    if gated_width:
+        products = products[0].split(gated_width, dim=-1)
+    gate, up = products if len(products) == 2 else (products[0], None)
+    return operations.activate(gate, up, activation)

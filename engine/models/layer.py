@@ -1,0 +1,76 @@
+"""A decoder layer: what mixes tokens, what works on each of them, and the norms between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from trichord.cache import Cache
+from trichord.models.attention import Attention
+from trichord.models.config import LayerConfig, ModelConfig
+from trichord.models.feed_forward import Experts, FeedForward
+from trichord.models.linear import TensorSource
+from trichord.models.norm import Norm
+from trichord.models.step import Step
+
+
+class DecoderLayer:
+    """Mixers and feed-forward networks, each behind its norm, added to the residual stream.
+
+    The residual is updated in place; the layer's last contribution is handed on as `delta`, which the next norm adds,
+    so that the addition costs no pass of its own.
+    """
+
+    def __init__(self, source: TensorSource, config: ModelConfig, layer: LayerConfig) -> None:
+        architecture = config.architecture
+        self.place = source.place
+        self.residual_scale = config.residual_scale
+        self.mixers = [Attention(source, config, layer)] if layer.heads else []
+        self.caches = [mixer.cache for mixer in self.mixers]
+        self.networks: list[Experts | FeedForward] = []
+        if source.has("ffn_gate_inp"):
+            self.networks.append(Experts(source, config))
+        if not self.networks or source.has("ffn_up"):
+            self.networks.append(FeedForward(source, config))
+        self.parallel = config.parallel
+        names = architecture.feed_forward_norm
+        if architecture.parallel == "without_norm" and not any(source.has(name) for name in names):
+            self.parallel, names = True, ()
+        self.attention_norm = Norm.of(source, architecture.attention_norm, config)
+        self.attention_post_norm = Norm.of(source, architecture.attention_post_norm, config)
+        self.feed_forward_norm = Norm.of(source, names, config)
+        self.feed_forward_post_norm = Norm.of(source, architecture.feed_forward_post_norm, config)
+
+    def forward(
+        self, residual: torch.Tensor, delta: torch.Tensor | None, step: Step, caches: Sequence[Cache]
+    ) -> torch.Tensor:
+        """Adds `delta`, and all but this layer's last contribution, to the residual (T, hidden); returns that one."""
+        x = enter(self.attention_norm, residual, delta)
+        mixed = sum_of([mixer.forward(x, step, cache) for mixer, cache in zip(self.mixers, caches, strict=True)])
+        mixed = self._leave(self.attention_post_norm, mixed)
+        if self.parallel:
+            y = self.feed_forward_norm(residual) if self.feed_forward_norm else x
+        else:
+            y = enter(self.feed_forward_norm, residual, mixed)
+        output = self._leave(self.feed_forward_post_norm, sum_of([n.forward(y, step) for n in self.networks]))
+        return output.add_(mixed) if self.parallel else output
+
+    def _leave(self, norm: Norm | None, y: torch.Tensor) -> torch.Tensor:
+        y = norm(y) if norm else y
+        return y if self.residual_scale == 1.0 else y.mul_(self.residual_scale)
+
+
+def enter(norm: Norm | None, residual: torch.Tensor, delta: torch.Tensor | None) -> torch.Tensor:
+    """residual += delta; returns what the block behind the norm reads."""
+    if norm:
+        return norm(residual, delta)
+    return residual if delta is None else residual.add_(delta)
+
+
+def sum_of(parts: list[torch.Tensor]) -> torch.Tensor:
+    """The sum of one or more tensors of the same shape; the first is overwritten."""
+    total, *rest = parts
+    for part in rest:
+        total.add_(part)
+    return total

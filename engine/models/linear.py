@@ -1,0 +1,103 @@
+"""Weights with their biases, and where they come from: the tensors of a file, checked against the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from trichord.device import Place
+from trichord.dispatch import Precision, expert_matmul, matmul
+from trichord.errors import ModelError
+from trichord.gguf_file import GGUFFile
+from trichord.weight_format import Weight
+from trichord.weights import load_vector, load_weight
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A weight and its bias, if the file has one: (N, K) and (N,), or (X, N, K) and (X, N) of experts."""
+
+    weight: Weight
+    bias: torch.Tensor | None = None
+
+
+def project(x: torch.Tensor, linears: Sequence[Linear], precision: Precision) -> list[torch.Tensor]:
+    """x (T, K) through several linears that share their input and device: [(T, N), ...]."""
+    products = matmul(x, [linear.weight for linear in linears], precision)
+    return [y if linear.bias is None else y.add_(linear.bias) for y, linear in zip(products, linears, strict=True)]
+
+
+def project_experts(
+    x: torch.Tensor, linears: Sequence[Linear], experts: torch.Tensor, precision: Precision
+) -> list[torch.Tensor]:
+    """x (T, K) or (T, E, K) through the matrices of each token's experts (T, E): [(T, E, N), ...]."""
+    products = expert_matmul(x, [linear.weight for linear in linears], experts, precision)
+    return [
+        y if linear.bias is None else y.add_(linear.bias[experts.long()])
+        for y, linear in zip(products, linears, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """Loads the tensors below `prefix` to one device, checking each against the shape that is expected of it.
+
+    `loaded` is told the bytes of every weight.
+    """
+
+    file: GGUFFile
+    place: Place
+    loaded: Callable[[int], None]
+    prefix: str = ""
+
+    def within(self, prefix: str) -> TensorSource:
+        """The tensors below a further prefix."""
+        return TensorSource(self.file, self.place, self.loaded, f"{self.prefix}{prefix}")
+
+    def has(self, name: str) -> bool:
+        """Whether the file has `name.weight`."""
+        return f"{self.prefix}{name}.weight" in self.file.tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of `name.weight`. Raises ModelError when it is missing."""
+        return self._info(f"{self.prefix}{name}.weight").shape
+
+    def linear(self, name: str, *shape: int) -> Linear:
+        """`name.weight` of this shape (out features, in features), and `name.bias` where there is one."""
+        weight = self.weight(name, *shape)
+        bias = f"{name}.bias"
+        return Linear(weight, self.vector(bias, *shape[:-1]) if self.prefix + bias in self.file.tensors else None)
+
+    def weight(self, name: str, *shape: int) -> Weight:
+        """`name.weight`."""
+        name = f"{self.prefix}{name}.weight"
+        self._check(name, shape)
+        weight = load_weight(self.file, name, self.place)
+        self.loaded(weight.nbytes)
+        return weight
+
+    def vector(self, name: str, *shape: int) -> torch.Tensor:
+        """A small tensor by its whole name, as float32."""
+        self._check(self.prefix + name, shape)
+        return load_vector(self.file, self.prefix + name, self.place)
+
+    def optional_vector(self, name: str, *shape: int) -> torch.Tensor | None:
+        """The same, or None where the file has none."""
+        return self.vector(name, *shape) if self.prefix + name in self.file.tensors else None
+
+    def fail(self, what: str) -> ModelError:
+        """The error to raise about this file."""
+        return ModelError(f"{self.file.path.name}: {what}.")
+
+    def _info(self, name: str):  # type: ignore[no-untyped-def]
+        info = self.file.tensors.get(name)
+        if info is None:
+            raise self.fail(f"tensor {name!r} is missing")
+        return info
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+        info = self._info(name)
+        if info.shape != shape:
+            raise self.fail(f"tensor {name!r} has shape {info.shape} where the metadata implies {shape}")

@@ -1,0 +1,57 @@
+"""Norms of the stream and of heads: RMS or layer norm, with the gain and bias that the file has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from trichord.dispatch import Operations
+from trichord.models.config import ModelConfig
+from trichord.models.linear import TensorSource
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm over the last dimension of rows. gain and bias (K,), or (M, K) where row t takes line t % M."""
+
+    operations: Operations
+    gain: torch.Tensor | None
+    bias: torch.Tensor | None
+    epsilon: float
+    centered: bool
+
+    @classmethod
+    def of(cls, source: TensorSource, names: tuple[str, ...], config: ModelConfig) -> Norm | None:
+        """The norm by the first of these names that the file has; None for no names. Raises ModelError."""
+        if not names:
+            return None
+        operations, centered = source.place.operations, config.architecture.norm == "layer"
+        if config.architecture.bare_norms:
+            return cls(operations, None, None, config.norm_epsilon, centered)
+        name = next((name for name in names if source.has(name)), names[0])
+        gain = source.vector(f"{name}.weight", config.hidden_size)
+        bias = source.optional_vector(f"{name}.bias", config.hidden_size)
+        return cls(operations, gain, bias, config.norm_epsilon, centered)
+
+    @classmethod
+    def of_heads(cls, source: TensorSource, name: str, heads: int, size: int, config: ModelConfig) -> Norm | None:
+        """The norm of queries or keys, if the file has one: of each head, with one gain or one a head, or of them all."""
+        if not source.has(name):
+            return None
+        shape = source.shape(name)
+        if shape not in ((size,), (heads, size), (heads * size,)):
+            raise source.fail(
+                f"tensor {source.prefix + name + '.weight'!r} has shape {shape} for {heads} heads of {size}"
+            )
+        bias = source.optional_vector(f"{name}.bias", *shape)
+        gain, centered = source.vector(f"{name}.weight", *shape), config.architecture.head_norm == "layer"
+        return cls(source.place.operations, gain, bias, config.norm_epsilon, centered)
+
+    def __call__(self, x: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
+        """x (T, K) += delta, in place; returns its normalised rows."""
+        return self.operations.norm(x, self.gain, self.epsilon, delta, bias=self.bias, centered=self.centered)
+
+    def of_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """x (T, ...) normalised over runs as wide as the gain, of the same shape."""
+        return self(x.reshape(-1, self.gain.shape[-1])).view(x.shape)
