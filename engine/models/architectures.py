@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from trichord.dispatch import Activation, Gating
 from trichord.errors import ModelError
@@ -92,22 +92,151 @@ class Architecture:
     logit_scale: Literal["multiply", "divide"] | None = None
 
 
-_LAYER_NORM = {"norm": "layer"}
-_GATED_GELU = {"activation": "gelu", "embedding_scale": "sqrt_width"}
-_POST_NORMS = {"attention_post_norm": ("post_attention_norm",), "feed_forward_post_norm": ("post_ffw_norm",)}
+_LAYER_NORM: dict[str, Any] = {"norm": "layer"}
+_GATED_GELU: dict[str, Any] = {"activation": "gelu", "embedding_scale": "sqrt_width"}
+_POST_NORMS: dict[str, Any] = {
+    "attention_post_norm": ("post_attention_norm",),
+    "feed_forward_post_norm": ("post_ffw_norm",),
+}
+_ONLY_POST_NORMS: dict[str, Any] = {**_POST_NORMS, "attention_norm": (), "feed_forward_norm": ()}
+_SECOND_NORM_BY_PLACE: dict[str, Any] = {"feed_forward_norm": ("post_attention_norm",)}
+_PAIRED: dict[str, Any] = {"rotary": "interleaved"}
+_GRANITE: dict[str, Any] = {
+    **_PAIRED,
+    "embedding_scale": "metadata",
+    "residual_scale": True,
+    "logit_scale": "divide",
+    "scale_in_metadata": True,
+    "experts": Routing(normalize=True),
+}
+_COHERE: dict[str, Any] = {
+    **_LAYER_NORM,
+    **_PAIRED,
+    "parallel": True,
+    "feed_forward_norm": (),
+    "head_norm": "layer",
+    "logit_scale": "multiply",
+}
+_NORMALIZED = Routing(normalize=True)
+_DEEPSEEK = Routing(gating=True, normalize=None, scaled=True)
 
 ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
-        Architecture("llama", rotary="interleaved", experts=Routing(normalize=True)),
-        Architecture("qwen2"),
-        Architecture("qwen3"),
-        Architecture("qwen3moe", experts=Routing(normalize=True)),
+        Architecture(
+            "afmoe",
+            **_POST_NORMS,
+            window_every=4,
+            unrotated="full_attention",
+            embedding_scale="sqrt_width",
+            experts=_DEEPSEEK,
+        ),
+        Architecture("arcee", **_PAIRED, activation="relu_squared"),
+        Architecture("baichuan", **_PAIRED),
+        Architecture("bailingmoe", **_PAIRED, experts=Routing(normalize=None, scaled=True)),
+        Architecture("bailingmoe2", experts=Routing(gating=True, normalize=None, scaled=True, grouped=True)),
+        Architecture(
+            "bloom", **_LAYER_NORM, rotary="none", alibi=True, activation="gelu", embedding_norm=("token_embd_norm",)
+        ),
+        Architecture("chatglm", **_PAIRED),
+        Architecture("codeshell", **_LAYER_NORM, activation="gelu"),
+        Architecture("command-r", **_COHERE),
+        Architecture("cohere2", **_COHERE, window_every=4, unrotated="full_attention"),
+        Architecture("dbrx", **_LAYER_NORM, clamped=True, feed_forward_norm=("attn_output_norm",), experts=_NORMALIZED),
+        Architecture("deci", **_PAIRED),
+        Architecture("deepseek", **_PAIRED, experts=Routing(scaled=True)),
+        Architecture("dots1", experts=_DEEPSEEK),
+        Architecture("dream", causal=False),
+        Architecture("ernie4_5", **_PAIRED),
+        Architecture("ernie4_5-moe", **_PAIRED, experts=Routing(normalize=True, scaled=True)),
+        Architecture("exaone"),
+        Architecture("exaone4", **_ONLY_POST_NORMS, window_every=4, unrotated="full_attention"),
+        Architecture("exaone-moe", window_every=4, unrotated="full_attention", experts=_DEEPSEEK),
+        Architecture(
+            "falcon",
+            **_LAYER_NORM,
+            parallel=True,
+            attention_norm=("attn_norm_2", "attn_norm"),
+            feed_forward_norm=("attn_norm",),
+            activation="gelu",
+        ),
         Architecture("gemma", **_GATED_GELU),
         Architecture("gemma2", **_GATED_GELU, **_POST_NORMS, window_every=2, soft_caps=True, scale_in_metadata=True),
         Architecture("gemma3", **_GATED_GELU, **_POST_NORMS, window_every=6, window_base=1e4, scale_in_metadata=True),
-        Architecture("phi3"),
+        Architecture("glm4", **_PAIRED, **_POST_NORMS),
+        Architecture("glm4moe", **_SECOND_NORM_BY_PLACE, experts=_DEEPSEEK),
         Architecture("gpt2", **_LAYER_NORM, rotary="none", learned_positions=True, activation="gelu"),
+        Architecture(
+            "gpt-oss",
+            **_SECOND_NORM_BY_PLACE,
+            window_every=2,
+            activation="swiglu_oai",
+            experts=Routing(gating="softmax_of_chosen"),
+        ),
+        Architecture("gptneox", **_LAYER_NORM, parallel="metadata", activation="gelu"),
+        Architecture("granite", **_GRANITE),
+        Architecture("granitemoe", **_GRANITE),
+        Architecture("granite_swa", **_GRANITE, window_every=4),
+        Architecture("hunyuan-dense", head_norm_last=True),
+        Architecture("hunyuan-moe", head_norm_last=True, experts=_NORMALIZED),
+        Architecture("hunyuan_vl", head_norm_last=True),
+        Architecture("internlm2", **_PAIRED),
+        Architecture("jais", **_LAYER_NORM, rotary="none", alibi=True),
+        Architecture("jais2", **_LAYER_NORM, activation="relu_squared"),
+        Architecture("llada", **_PAIRED, causal=False),
+        Architecture("llada-moe", causal=False),
+        Architecture("llama", **_PAIRED, experts=_NORMALIZED),
+        Architecture("maincoder"),
+        Architecture("mellum", experts=_NORMALIZED),
+        Architecture(
+            "minicpm",
+            **_PAIRED,
+            embedding_scale="metadata",
+            residual_scale=True,
+            logit_scale="divide",
+            experts=_NORMALIZED,
+        ),
+        Architecture("minimax-m2", experts=Routing(gating=True, normalize=True)),
+        Architecture("mistral3", **_PAIRED, experts=_NORMALIZED),
+        Architecture(
+            "mpt",
+            **_LAYER_NORM,
+            rotary="none",
+            alibi=True,
+            clamped=True,
+            head_norm="layer",
+            learned_positions=True,
+            activation="gelu",
+        ),
+        Architecture("nanbeige", **_PAIRED),
+        Architecture("nemotron", **_LAYER_NORM, activation="relu_squared"),
+        Architecture("olmo", **_LAYER_NORM, **_PAIRED, bare_norms=True, clamped=True),
+        Architecture("olmo2", **_ONLY_POST_NORMS, window_every=4),
+        Architecture("olmoe"),
+        Architecture("openelm"),
+        Architecture("orion", **_LAYER_NORM),
+        Architecture("paddleocr", **_PAIRED),
+        Architecture("pangu-embedded"),
+        Architecture("phi2", **_LAYER_NORM, parallel=True, feed_forward_norm=(), activation="gelu"),
+        Architecture("phi3"),
+        Architecture("phimoe", **_LAYER_NORM, experts=_NORMALIZED),
+        Architecture("plamo", parallel=True, feed_forward_norm=()),
+        Architecture("qwen"),
+        Architecture("qwen2"),
+        Architecture("qwen2moe"),
+        Architecture("qwen2vl"),
+        Architecture("qwen3"),
+        Architecture("qwen3moe", experts=_NORMALIZED),
+        Architecture("qwen3vl"),
+        Architecture("qwen3vlmoe", experts=_NORMALIZED),
+        Architecture("refact", rotary="none", alibi=True),
+        Architecture("rnd1", causal=False, experts=_NORMALIZED),
+        Architecture("seed_oss", **_SECOND_NORM_BY_PLACE),
+        Architecture("smollm3", **_PAIRED, unrotated=4),
+        Architecture("stablelm", **_LAYER_NORM, parallel="without_norm", head_norm="layer"),
+        Architecture("starcoder", **_LAYER_NORM, rotary="none", learned_positions=True, activation="gelu"),
+        Architecture("starcoder2", **_LAYER_NORM, activation="gelu"),
+        Architecture("xverse", **_PAIRED),
     )
 }
 
