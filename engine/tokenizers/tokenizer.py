@@ -16,7 +16,7 @@ import numpy as np
 from trichord.errors import GGUFError, RequestError, TokenizerError
 from trichord.tokenizers.bpe import ByteLevelBPE
 from trichord.tokenizers.detokenizer import Detokenizer
-from trichord.tokenizers.specials import SpecialTokens
+from trichord.tokenizers.specials import SpecialTokens, SwallowedSpace
 from trichord.tokenizers.spm import SentencePiece
 from trichord.tokenizers.vocabulary import TokenType, Vocabulary
 from trichord.tokenizers.wordpiece import WordPiece
@@ -71,7 +71,7 @@ class Tokenizer:
     stop_ids: frozenset[int]
     """The tokens that end an answer: end of sequence, of turn, of message."""
 
-    def __init__(self, vocabulary: Vocabulary, model: TokenizerModel, swallows_space: frozenset[int]) -> None:
+    def __init__(self, vocabulary: Vocabulary, model: TokenizerModel, swallows: SwallowedSpace) -> None:
         self._vocabulary = vocabulary
         self._model = model
         self.n_vocab = len(vocabulary.tokens)
@@ -83,8 +83,8 @@ class Tokenizer:
         self._invisible = frozenset(np.flatnonzero(np.isin(vocabulary.types, _INVISIBLE)).tolist())
         self._bytes: dict[int, bytes] = {}
         user_defined = vocabulary.ids_of(TokenType.USER_DEFINED)
-        self._user_defined = SpecialTokens(user_defined, swallows_space)
-        self._all_special = SpecialTokens(user_defined | vocabulary.ids_of(*_MARKS), swallows_space)
+        self._user_defined = SpecialTokens(user_defined, swallows)
+        self._all_special = SpecialTokens(user_defined | vocabulary.ids_of(*_MARKS), swallows)
 
     @classmethod
     def from_gguf(cls, file: GGUFFile) -> Tokenizer:
@@ -97,7 +97,7 @@ class Tokenizer:
             if model not in _MODELS:
                 _refuse(file.path.name, model)
             vocabulary = Vocabulary.from_gguf(file, _MODELS[model].default_ids(file))
-            return cls(vocabulary, _MODELS[model](vocabulary, file), _swallows_space(vocabulary, file))
+            return cls(vocabulary, _MODELS[model](vocabulary, file), SwallowedSpace.from_gguf(file, vocabulary))
         except GGUFError as error:
             raise TokenizerError(str(error)) from None
 
@@ -197,12 +197,3 @@ def _added(name: str, asked: bool | None, usual: bool, token: int | None, file_n
             f"{file_name}: tokenizer.ggml.add_{name}_token is true, but there is no tokenizer.ggml.{name}_token_id"
         )
     return [token] if token is not None and (usual if asked is None else asked) else []
-
-
-def _swallows_space(vocabulary: Vocabulary, file: GGUFFile) -> frozenset[int]:
-    """The special tokens that take white space after them along. No key says so; Phi-3's are known by the name."""
-    name = file.get("general.name", str, "").lower()
-    if "phi-3" not in name and "phi3" not in name:
-        return frozenset()
-    special = vocabulary.ids_of(TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
-    return frozenset(special[text] for text in special.keys() - {"<unk>", "<s>", "<|endoftext|>"})

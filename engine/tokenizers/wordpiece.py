@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from trichord.tokenizers.cache import WordCache
+from trichord.tokenizers.longest_match import LongestMatch
 from trichord.tokenizers.vocabulary import TokenType, Vocabulary
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class WordPiece:
         self._strip_accents = file.get("tokenizer.ggml.normalizer.strip_accents", bool, lowercase)
         self._spread = _Spread(lowercase, self._strip_accents)
         self._ids = vocabulary.ids_of(TokenType.NORMAL, TokenType.USER_DEFINED)
-        self._longest = max(map(len, self._ids), default=0)
+        self._longest = LongestMatch(self._ids)
         self._unknown = [] if vocabulary.unk_id is None else [vocabulary.unk_id]
         self._words = WordCache(self._encode_word)
 
@@ -62,9 +63,8 @@ class WordPiece:
         ids: list[int] = []
         start = 0
         while start < len(text):
-            ends = range(min(len(text), start + self._longest), start, -1)
-            end = next((end for end in ends if text[start:end] in self._ids), None)
-            if end is None:
+            end = self._longest.end(text, start, len(text))
+            if end == start:
                 return self._unknown
             ids.append(self._ids[text[start:end]])
             start = end
