@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trichord.errors import GGUFError, RequestError, TemplateError
+from trichord.template_presets import PRESETS, Preset
 from trichord.template_process import template_process
 
 if TYPE_CHECKING:
@@ -15,24 +18,6 @@ if TYPE_CHECKING:
     from trichord.tokenizers import Tokenizer
 
 TIME_LIMIT_SECONDS = 2.0
-
-_CHATML = """\
-{% for message in messages %}
-{{ '<|im_start|>' + message.role + '\n' + (message.content or '') + '<|im_end|>\n' }}
-{%- endfor %}
-{% if add_generation_prompt %}
-{{ '<|im_start|>assistant\n' }}
-{%- endif %}
-"""
-_PLAIN = """\
-{{ bos_token }}
-{%- for message in messages %}
-{{ message.role + ': ' + (message.content or '') + '\n' }}
-{%- endfor %}
-{% if add_generation_prompt %}
-{{ 'assistant:' }}
-{%- endif %}
-"""
 
 
 class ChatTemplate:
@@ -43,28 +28,43 @@ class ChatTemplate:
     """
 
     def __init__(
-        self, source: str, bos_token: str = "", eos_token: str = "", time_limit: float = TIME_LIMIT_SECONDS
+        self,
+        source: str,
+        bos_token: str = "",
+        eos_token: str = "",
+        time_limit: float = TIME_LIMIT_SECONDS,
+        stop: Sequence[str] = (),
     ) -> None:
-        """source: a Jinja template, as Hugging Face's tokenizers have them. time_limit: seconds for each rendering."""
+        """source: a Jinja template, as Hugging Face's tokenizers have them. time_limit: seconds for each rendering.
+
+        stop: texts that end an answer, besides the tokens that the vocabulary has for it.
+        """
         self.source = source
         self.bos_token = bos_token
         self.eos_token = eos_token
         self.time_limit = time_limit
+        self.stop = list(stop)
 
     @classmethod
-    def from_gguf(cls, file: GGUFFile, tokenizer: Tokenizer) -> ChatTemplate:
-        """The file's own template; where it has none, ChatML if the vocabulary has its marks, else plain lines."""
+    def from_gguf(
+        cls, file: GGUFFile, tokenizer: Tokenizer, instead: str | os.PathLike[str] | None = None
+    ) -> ChatTemplate:
+        """The file's own template; where it has none, the preset whose marks the vocabulary has, else ChatML.
+
+        instead: the name of a preset (see `trichord.template_presets`) or a file with a Jinja template, to be used
+        whatever the file has. Raises TemplateError when the file's entry is no text, or there is no such template.
+        """
+        bos, eos = ("" if token is None else tokenizer.piece(token) for token in (tokenizer.bos_id, tokenizer.eos_id))
+        if instead is not None and instead not in PRESETS:
+            return cls(_read(Path(instead)), bos, eos)
         try:
             source = file.get("tokenizer.chat_template", str)
         except GGUFError as error:
             raise TemplateError(str(error)) from None
-        if not source:
-            chatml = tokenizer.token_id("<|im_start|>") is not None
-            source = _CHATML if chatml else _PLAIN
-            layout = "ChatML, whose marks the vocabulary has" if chatml else "plain lines of 'role: content'"
-            warnings.warn(f"{file.path.name}: the file has no chat template; using {layout}", stacklevel=2)
-        bos, eos = ("" if token is None else tokenizer.piece(token) for token in (tokenizer.bos_id, tokenizer.eos_id))
-        return cls(source, bos, eos)
+        if source and instead is None:
+            return cls(source, bos, eos)
+        preset = PRESETS[instead] if instead is not None else _guess(file, tokenizer)
+        return cls(preset.source, bos, eos, stop=preset.stop)
 
     def render(
         self,
@@ -81,7 +81,7 @@ class ChatTemplate:
         """
         variables = {
             **extra,
-            "messages": _checked(messages),
+            "messages": check_messages(messages),
             "tools": tools,
             "add_generation_prompt": add_generation_prompt,
             "bos_token": self.bos_token,
@@ -94,7 +94,41 @@ class ChatTemplate:
         return template_process(self.source).render(request, self.time_limit)
 
 
-def _checked(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def encode_rendered(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The token ids of a rendered conversation."""
+    ids = tokenizer.encode(text, add_special=True, parse_special=True)
+    # Most templates write the beginning-of-sequence token that the tokenizer adds too.
+    doubled = tokenizer.bos_id is not None and ids[:2] == [tokenizer.bos_id] * 2
+    return ids[1:] if doubled else ids
+
+
+def _guess(file: GGUFFile, tokenizer: Tokenizer) -> Preset:
+    """The first preset whose marks are all tokens of the vocabulary."""
+    fitting = (
+        name
+        for name, preset in PRESETS.items()
+        if preset.marks and all(tokenizer.token_id(mark) is not None for mark in preset.marks)
+    )
+    name = next(fitting, None)
+    why = "whose marks the vocabulary has" if name else "though the vocabulary has the marks of none"
+    name = name or "chatml"
+    warnings.warn(f"{file.path.name}: the file has no chat template; using {name}, {why}", stacklevel=3)
+    return PRESETS[name]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        names = ", ".join(PRESETS)
+        raise TemplateError(f"{path}: there is no such template file, and the templates by name are {names}") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise TemplateError(f"{path}: the template cannot be read: {reason}") from None
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Copies of the messages. Raises RequestError for what is no list of dicts with "role" and "content"."""
     if not isinstance(messages, (list, tuple)):
         raise RequestError(f"messages must be a list of dicts with 'role' and 'content', not {type(messages).__name__}")
     if not messages:

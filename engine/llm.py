@@ -14,13 +14,14 @@ import numpy as np
 import torch
 
 from trichord.cache import PAGE_SIZE, pages_for
-from trichord.chat_template import ChatTemplate
+from trichord.chat_template import ChatTemplate, encode_rendered
 from trichord.completion_text import CompletionText
 from trichord.device import CPU, Place, resolve
 from trichord.dispatch import PRECISIONS, Precision, set_threads
 from trichord.engine import Engine
 from trichord.errors import DeviceError, RequestError, TokenizerError
 from trichord.gguf_file import GGUFFile
+from trichord.hub import find_model
 from trichord.models.config import ModelConfig
 from trichord.models.decoder import Decoder
 from trichord.outputs import RequestOutput
@@ -39,7 +40,8 @@ _KV_DTYPES = {"f32": torch.float32, "f16": torch.float16}
 class LLM:
     """A model loaded from one GGUF file.
 
-    path: the file, any part of a split one, or None for the demo model. device: "auto", "cpu", "cuda" or "cuda:N".
+    path: the file, any part of a split one, "owner/repo" or "owner/repo:Q4_K_M" to fetch it from huggingface.co, or
+    None for the demo model. device: "auto", "cpu", "cuda" or "cuda:N".
     precision: "exact" (float32 throughout), "default" or "fast". context_length: None is the model's own. gpu_layers:
     how many layers, counted from the last, go to the GPU; None is all. kv_dtype: "f32" or "f16"; None is float32 for
     "exact", else float16. threads: CPU threads; None follows the machine. max_batch_tokens and max_sequences bound a
@@ -74,7 +76,7 @@ class LLM:
         if threads is not None:
             set_threads(threads)
         self._progress = progress
-        self.file = GGUFFile(DEMO_MODEL if path is None else path)
+        self.file = GGUFFile(DEMO_MODEL if path is None else find_model(path))
         self.config = ModelConfig.from_gguf(self.file)
         self.tokenizer, self._no_tokenizer = _tokenizer(self.file)
         self.context_length = _context(context_length, self.config)
@@ -145,13 +147,9 @@ class LLM:
         **template_arguments: Any,
     ) -> list[int]:
         """The token ids that the chat template makes of a conversation, up to where the answer begins."""
-        tokenizer = self._require_tokenizer()
+        tokenizer = self.require_tokenizer()
         template = ChatTemplate.from_gguf(self.file, tokenizer)
-        text = template.render(messages, add_generation_prompt=True, tools=tools, **template_arguments)
-        ids = tokenizer.encode(text, add_special=True, parse_special=True)
-        # Most templates write the beginning-of-sequence token that the tokenizer adds too.
-        doubled = tokenizer.bos_id is not None and ids[:2] == [tokenizer.bos_id] * 2
-        return ids[1:] if doubled else ids
+        return encode_rendered(tokenizer, template.render(messages, tools=tools, **template_arguments))
 
     def logits(self, token_ids: List[int]) -> np.ndarray:
         """The logits (n_tokens, n_vocab) float32 after each of these tokens; needs no tokenizer."""
@@ -167,6 +165,12 @@ class LLM:
         )
         self._run([sequence])
         return np.stack(sequence.prompt_results)
+
+    def require_tokenizer(self) -> Tokenizer:
+        """The file's tokenizer. Raises TokenizerError where it has none that can be used."""
+        if self.tokenizer is None:
+            raise TokenizerError(self._no_tokenizer)
+        return self.tokenizer
 
     @property
     def weight_bytes(self) -> int:
@@ -198,7 +202,7 @@ class LLM:
     def _encode(self, text: str) -> list[int]:
         if not text:
             raise RequestError("The prompt is empty.")
-        return self._require_tokenizer().encode(text)
+        return self.require_tokenizer().encode(text)
 
     def _checked(self, token_ids: List[int], room: int) -> list[int]:
         try:
@@ -219,11 +223,6 @@ class LLM:
                 f"{' or raise context_length' if self.context_length < self.config.context_length else ''}."
             )
         return ids
-
-    def _require_tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise TokenizerError(self._no_tokenizer)
-        return self.tokenizer
 
     def _run(self, sequences: List[Sequence]) -> None:
         with progress_bar("Generating", len(sequences), "completions", self._progress) as advance:
@@ -297,6 +296,11 @@ class TextStream(Iterator[str]):
                 return piece
             if not alive:
                 raise StopIteration
+
+    @property
+    def reused_tokens(self) -> int:
+        """How many of the prompt's tokens were found in the cache instead of being computed."""
+        return self._sequence.reused
 
     @property
     def output(self) -> RequestOutput:

@@ -107,7 +107,7 @@ class Scheduler:
         self.pool.share(known)
         sequence.pages = known + self.pool.allocate(needed)
         sequence.slot = self._free_slots.pop()
-        sequence.computed = len(known) * PAGE_SIZE
+        sequence.computed = sequence.reused = len(known) * PAGE_SIZE
         sequence.remembered_pages = len(known)
         return True
 

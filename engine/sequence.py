@@ -13,7 +13,7 @@ from trichord.sampling_params import SamplingParams
 
 @dataclass(eq=False)
 class Sequence:
-    """Tokens, their pages, and how many of them the caches already hold.
+    """Tokens, their pages, and how many of them the caches already hold; `reused` of them when it was admitted.
 
     `prompt_report` asks for the logits or the log-probabilities of every prompt position, which the engine puts into
     `prompt_results`; a sequence with `generates` False ends once its prompt is computed.
@@ -32,6 +32,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     slot: int = -1
     computed: int = 0
+    reused: int = 0
     remembered_pages: int = 0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_results: list[Any] = field(default_factory=list)
