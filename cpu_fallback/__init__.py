@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from trichord.cpu_fallback.activation import activate
 from trichord.cpu_fallback.attention import attention
+from trichord.cpu_fallback.experts import expert_matmul
 from trichord.cpu_fallback.jit import default_threads, set_threads
 from trichord.cpu_fallback.matmul import FUSED_FORMATS, dequantize, embedding, matmul, pack, unpack
 from trichord.cpu_fallback.norm import norm
 from trichord.cpu_fallback.rotary import rotary_and_cache
+from trichord.cpu_fallback.routing import route
 from trichord.weight_format import Layout
 
 LAYOUT: Layout = "blocks"
@@ -24,10 +26,12 @@ __all__ = [
     "default_threads",
     "dequantize",
     "embedding",
+    "expert_matmul",
     "matmul",
     "norm",
     "pack",
     "rotary_and_cache",
+    "route",
     "set_threads",
     "unpack",
 ]

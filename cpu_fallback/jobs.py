@@ -41,11 +41,13 @@ FIELDS = (
     "y",  # address of the results
     "y_stride",  # elements from one row of the results to the next
     "tokens",  # rows of activations
+    "pairs",  # address of int64: for each of these, its row in x and its row in y
     "x",  # address of the activations, each row padded to whole groups of 32
     "x_scales",  # address of float32: one scale for each group of 32 activations
     "x_sums",  # address of float32: the sum of each group
     "x_half_sums",  # address of float32: the sum of each half of a group
 )
+_ROWS, _CHUNK_ROWS, _COLUMNS, _TOKENS = map(FIELDS.index, ("rows", "chunk_rows", "columns", "tokens"))
 
 
 def compile_kernel(name: str, emit: Callable[[Emitter, dict[str, ir.Value], ir.Value, ir.Value], None]) -> int:
@@ -114,18 +116,19 @@ def _yield(typing_context, function):  # type: ignore[no-untyped-def]
 
 @compiled
 def _work(jobs, counter):  # type: ignore[no-untyped-def]
+    job, before = 0, 0  # and the chunks of the jobs before it: a thread's chunks come in order
     while True:
-        chunk, job = _add(counter, 1), 0
+        chunk = _add(counter, 1)
         while job < len(jobs):
-            rows, chunk_rows = jobs[job, 1], jobs[job, 2]
+            rows, chunk_rows = jobs[job, _ROWS], jobs[job, _CHUNK_ROWS]
             chunks = (rows + chunk_rows - 1) // chunk_rows
-            if chunk < chunks:
+            if chunk < before + chunks:
                 break
-            chunk -= chunks
+            before += chunks
             job += 1
         if job == len(jobs):
             break
-        first = chunk * chunk_rows
+        first = (chunk - before) * chunk_rows
         _call(jobs, job, first, min(first + chunk_rows, rows))
 
 
@@ -227,14 +230,26 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_new_crew)  # threads stay behind in the parent
 
 
-def run(jobs: list[dict[str, int]]) -> None:
-    """Work off the jobs, dictionaries of `FIELDS` (those a kernel does not read may be missing)."""
-    table = np.array([job.get(field, 0) for job in jobs for field in FIELDS], np.int64).reshape(-1, len(FIELDS))
-    products = sum(job["rows"] * job["columns"] * job.get("tokens", 1) for job in jobs)
-    if products < _WORTH_HELP or (workers := threads()) == 1 or not _crew.busy.acquire(blocking=False):
-        _work(table, np.zeros(1, np.int64))  # alone; so do all but one of several callers at once
+@compiled
+def _products(jobs):  # type: ignore[no-untyped-def]
+    products = 0
+    for job in range(len(jobs)):
+        products += jobs[job, _ROWS] * jobs[job, _COLUMNS] * max(jobs[job, _TOKENS], 1)
+    return products
+
+
+def table(jobs: list[dict[str, int]]) -> np.ndarray:
+    """Jobs as dictionaries of `FIELDS` (those a kernel does not read may be missing) -> what `run` takes."""
+    return np.array([job.get(field, 0) for job in jobs for field in FIELDS], np.int64).reshape(-1, len(FIELDS))
+
+
+def run(jobs: list[dict[str, int]] | np.ndarray) -> None:
+    """Work off the jobs, a `table` (J, fields) int64 or what makes one."""
+    jobs = table(jobs) if isinstance(jobs, list) else jobs
+    if _products(jobs) < _WORTH_HELP or (workers := threads()) == 1 or not _crew.busy.acquire(blocking=False):
+        _work(jobs, np.zeros(1, np.int64))  # alone; so do all but one of several callers at once
         return
     try:
-        _crew.lead(table, workers)
+        _crew.lead(jobs, workers)
     finally:
         _crew.busy.release()

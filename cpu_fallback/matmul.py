@@ -6,8 +6,10 @@ float32 once and multiplying by BLAS; no weight is ever expanded as a whole. Wit
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from trichord.cpu_fallback.decode import DECODERS, GROUP
@@ -58,23 +60,40 @@ def matmul(x: torch.Tensor, weights: Sequence[Weight], precision: str) -> list[t
     results = [torch.empty(x.shape[0], weight.out_features) for weight in weights]
     products = []
     for weight, y in zip(weights, results, strict=True):
-        used = "exact" if weight.format.block_size == 1 else precision  # floats have no faster way
-        if _has_kernels(weight.format) and x.shape[0] <= MOST_ROWS_IN_PLACE[used]:
+        used = used_precision(weight.format, precision)
+        if x.shape[0] <= most_rows_in_place(weight.format, used):
             products.append((weight, used, y))
         else:
-            _multiply_tiles(x, weight, y)
+            multiply_tiles(x, weight, y)
     if products and x.numel():
         from trichord.cpu_fallback.in_place import multiply
 
-        multiply(x, products)
+        multiply(x, products, *_all_rows(x.shape[0]), np.full((len(products), 1), x.shape[0], np.int64))
     return results
+
+
+@functools.cache  # for as many numbers of rows as are multiplied in place
+def _all_rows(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs and starts (see `in_place.multiply`) of one matrix that every row meets."""
+    return (np.arange(2 * count, dtype=np.int64) // 2).reshape(-1, 2), np.zeros(1, np.int64)
+
+
+def used_precision(format: WeightFormat, precision: str) -> str:
+    """Weights in floats have no faster way than the exact one."""
+    return "exact" if format.block_size == 1 else precision
+
+
+def most_rows_in_place(format: WeightFormat, precision: str) -> int:
+    """Up to so many rows of activations meet a matrix in place; more of them, tiles and BLAS."""
+    return MOST_ROWS_IN_PLACE[precision] if _has_kernels(format) else 0
 
 
 def _has_kernels(format: WeightFormat) -> bool:
     return format in FUSED_FORMATS and have_numba()
 
 
-def _multiply_tiles(x: torch.Tensor, weight: Weight, y: torch.Tensor) -> None:
+def multiply_tiles(x: torch.Tensor, weight: Weight, y: torch.Tensor) -> None:
+    """y (T, N) = x (T, K) @ W.T, decoding a tile of W (N, K) after the other."""
     rows, columns = weight.shape
     step = max(1, _TILE_WEIGHTS // columns)
     buffer = torch.empty(min(step, rows), columns)

@@ -146,9 +146,15 @@ class _Dot(_Rows):
         builder, count = self.builder, I64(len(self.tokens))
         padded = builder.and_(builder.add(self.job["columns"], I64(GROUP - 1)), I64(-GROUP))
         with self.emitter.loop(I64(0), builder.udiv(self.job["tokens"], count)) as i:
-            numbers = [builder.add(builder.mul(i, count), I64(token)) for token in self.tokens]
-            self.starts = [builder.mul(number, padded) for number in numbers]
-            self.results = [builder.mul(number, self.job["y_stride"]) for number in numbers]
+            pairs = [
+                self.emitter.at(self.job["pairs"], builder.add(builder.mul(i, count), I64(token)), 16)
+                for token in self.tokens
+            ]
+            self.starts = [builder.mul(self.emitter.load(pair, I64).value, padded) for pair in pairs]
+            self.results = [
+                builder.mul(self.emitter.load(self.emitter.move(pair, 8), I64).value, self.job["y_stride"])
+                for pair in pairs
+            ]
             super().emit(first, last)
 
     def begin_row(self) -> None:

@@ -227,6 +227,20 @@ def matmul(x: torch.Tensor, weights: Sequence[Weight], precision: Precision) -> 
     return [y if w.scale == 1.0 else y.mul_(w.scale) for y, w in zip(products, weights, strict=True)]
 
 
+def expert_matmul(
+    x: torch.Tensor, weights: Sequence[Weight], experts: torch.Tensor, precision: Precision
+) -> list[torch.Tensor]:
+    """x (T, K) or (T, E, K) float32, experts (T, E) int32 -> [(T, E, N)]: see `Operations.expert_matmul`."""
+    products = operations(weights[0].layout).expert_matmul(x, weights, experts, precision)
+    return [_scaled(y, weight.scale, experts) for y, weight in zip(products, weights, strict=True)]
+
+
+def _scaled(y: torch.Tensor, scale: float | torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    if isinstance(scale, float):
+        return y if scale == 1.0 else y.mul_(scale)
+    return y.mul_(scale[experts.long()][..., None])
+
+
 def dispatch_matmul(x: torch.Tensor, weight: Weight, precision: Precision = "default") -> torch.Tensor:
     """x (..., in_features) times the transposed weight -> (..., out_features), of x's dtype and on x's device.
 

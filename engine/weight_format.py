@@ -97,14 +97,15 @@ class Weight:
 
     `data` is a uint8 tensor. In layout "blocks" (CPU) it is `(rows, row_bytes)`, the GGUF blocks as they lie in the
     file; in layout "planes" (GPU) it is one-dimensional, the same bits split into aligned planes. `shape` is
-    `(out_features, in_features)` or `(experts, out_features, in_features)`. The product is multiplied by `scale`.
+    `(out_features, in_features)` or `(experts, out_features, in_features)`. The product is multiplied by `scale`, which
+    may be a float32 tensor (experts,), a number for each.
     """
 
     data: torch.Tensor
     format: WeightFormat
     shape: tuple[int, ...]
     layout: Layout
-    scale: float = 1.0
+    scale: float | torch.Tensor = 1.0
 
     @property
     def out_features(self) -> int:

@@ -33,8 +33,8 @@ def load_weight(
     """The tensor `name` as a packed weight on `device`; `rows` or `columns` cut a shard of it before it is packed.
 
     On the CPU the weight is a view of the file's memory map; on a GPU its blocks are uploaded and repacked there. A
-    format without a kernel is dequantized to float32, with one warning. A scalar tensor `X.scale` beside `X.weight`
-    becomes the weight's scale. Raises GGUFError for a missing tensor, ModelError for one that is no matrix,
+    format without a kernel is dequantized to float32, with one warning. A tensor `X.scale` beside `X.weight`, one number
+    or one for each expert, becomes the weight's scale. Raises GGUFError for a missing tensor, ModelError for one that is no matrix,
     RequestError for a column cut that is not on block borders or a row cut of a tensor with experts.
     """
     place = resolve(device)
@@ -56,7 +56,7 @@ def load_weight(
         blocks, format = _dequantized(blocks, format, shape), WeightFormat.F32
     with memory_errors(f"loading {name}"):
         data = place.operations.pack(torch.from_numpy(blocks).to(place.device), format, shape[-1])
-    return Weight(data, format, shape, place.layout, _scale(file, name))
+    return Weight(data, format, shape, place.layout, _scale(file, name, shape, place))
 
 
 def load_vector(file: GGUFFile, name: str, device: str | torch.device | Place = "cpu") -> torch.Tensor:
@@ -101,11 +101,16 @@ def _dequantized(blocks: np.ndarray, format: WeightFormat, shape: tuple[int, ...
     return values.reshape(len(blocks), -1).view(np.uint8)
 
 
-def _scale(file: GGUFFile, name: str) -> float:
+def _scale(file: GGUFFile, name: str, shape: tuple[int, ...], place: Place) -> float | torch.Tensor:
     companion = name.removesuffix(".weight") + ".scale"
     if companion == name or companion not in file.tensors:
         return 1.0
     values = load_vector(file, companion)
-    if values.numel() != 1:
-        raise GGUFError(f"{file.path.name}: tensor {companion!r} holds {values.numel()} values where one is expected.")
-    return float(values)
+    if values.numel() == 1:
+        return float(values)
+    if values.shape != shape[:-2]:
+        expected = "one value is" if len(shape) == 2 else f"one value or {shape[0]}, one for each expert, are"
+        raise GGUFError(
+            f"{file.path.name}: tensor {companion!r} holds {values.numel()} values where {expected} expected."
+        )
+    return values.to(place.device)

@@ -1,0 +1,70 @@
+"""Products with the matrices of a mixture of experts: each token meets only those it was routed to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from trichord.cpu_fallback.matmul import most_rows_in_place, multiply_tiles, used_precision
+from trichord.weight_format import Weight
+
+
+def expert_matmul(
+    x: torch.Tensor, weights: Sequence[Weight], experts: torch.Tensor, precision: str
+) -> list[torch.Tensor]:
+    """x (T, K) or (T, E, K) float32, experts (T, E) int32 -> [(T, E, N) float32 for each weight (X, N, K)].
+
+    The (token, expert) pairs are sorted by expert, so that tokens with an expert in common share its decoded blocks.
+    Experts with few pairs are multiplied in place, all of them and all weights in one parallel region; one with many
+    is decoded by tiles for BLAS. `Weight.scale` is not applied. Raises ValueError for an id that is no expert and for shapes that do
+    not fit.
+    """
+    tokens, chosen = experts.shape
+    for weight in weights:
+        if x.shape[:-1] not in (experts.shape[:1], experts.shape) or x.shape[-1] != weight.in_features:
+            raise ValueError(
+                f"activations of shape {tuple(x.shape)} do not fit {chosen} experts for each of {tokens} tokens "
+                f"and a weight of shape {weight.shape}"
+            )
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    results = [torch.empty(tokens * chosen, weight.out_features) for weight in weights]
+    if rows.numel() and chosen:
+        sharing = chosen if x.ndim == 2 else 1
+        pairs, starts, counts = _by_expert(experts.numpy().reshape(-1), weights[0].shape[0], sharing)
+        precisions = [used_precision(weight.format, precision) for weight in weights]
+        limits = np.array([most_rows_in_place(w.format, used) for w, used in zip(weights, precisions, strict=True)])
+        few = np.where(counts <= limits[:, None], counts, 0)
+        if few.any():
+            from trichord.cpu_fallback.in_place import multiply
+
+            multiply(rows, list(zip(weights, precisions, results, strict=True)), pairs, starts, few)
+        for expert in np.flatnonzero(counts > limits.min()):
+            of_expert = torch.from_numpy(pairs[starts[expert] : starts[expert] + counts[expert]])
+            together = rows[of_expert[:, 0]]
+            for weight, y, limit in zip(weights, results, limits, strict=True):
+                if counts[expert] > limit:
+                    y[of_expert[:, 1]] = _expert_product(together, weight, int(expert))
+    return [y.unflatten(0, (tokens, chosen)) for y in results]
+
+
+def _by_expert(ids: np.ndarray, experts: int, sharing: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs of rows of x and y sorted by expert (see `in_place.multiply`), each expert's first pair and its number.
+
+    `sharing` adjacent ids share one row of x.
+    """
+    counts = np.bincount(ids, minlength=experts)  # refuses negative ids with a ValueError of its own
+    if len(counts) > experts:
+        raise ValueError(f"there is no expert {len(counts) - 1} among {experts}")
+    pairs = np.empty((len(ids), 2), np.int64)
+    pairs[:, 1] = np.argsort(ids, kind="stable")
+    pairs[:, 0] = pairs[:, 1] // sharing
+    return pairs, np.cumsum(counts) - counts, counts
+
+
+def _expert_product(x: torch.Tensor, weight: Weight, expert: int) -> torch.Tensor:
+    rows = slice(expert * weight.out_features, (expert + 1) * weight.out_features)
+    y = torch.empty(len(x), weight.out_features)
+    multiply_tiles(x, Weight(weight.data[rows], weight.format, weight.shape[1:], weight.layout), y)
+    return y
