@@ -1,4 +1,4 @@
-"""Causal attention over the paged cache: Numba's kernel, or blocks of NumPy products where Numba is missing."""
+"""Attention over the paged cache: Numba's kernel, or blocks of NumPy products where Numba is missing."""
 
 from __future__ import annotations
 
@@ -21,18 +21,32 @@ def attention(
     max_query: int,
     scale: float,
     precision: str,
+    *,
+    causal: bool = True,
+    window: int = 0,
+    chunked: bool = False,
+    soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention of q (T, H, D) float32 over the paged cache -> (T, H, Dv) float32, contiguous.
+    """Attention of q (T, H, D) float32 over the paged cache -> (T, H, Dv) float32, contiguous.
 
-    key_cache (P, G, page, D) and value_cache (P, G, page, Dv), contiguous, float32 or float16; page a multiple of 16.
-    Sequence s owns the rows query_starts[s]:query_starts[s+1] of q (query_starts (S+1,) int32), the last of its
-    context_lengths[s] (S,) int32 positions; position p lies in page page_tables[s, p // page] (page_tables
-    (S, max_pages) int32). Query head h reads key head h // (H / G). The elements of a head of q must be adjacent.
-    Every precision computes in float32.
+    key_cache (P, G, page, D), contiguous, and value_cache (P, G, page, Dv), contiguous or a view of adjacent elements
+    of such a cache (a latent's values among its keys), float32 or float16; page a multiple of 16. Sequence s owns the
+    rows query_starts[s]:query_starts[s+1] of q (query_starts (S+1,) int32), the last of its context_lengths[s] (S,)
+    int32 positions; position p lies in page page_tables[s, p // page] (page_tables (S, max_pages) int32). Query head h
+    reads key head h // (H / G). The elements of a head of q must be adjacent. Every precision computes in float32.
+
+    A query at position p sees positions up to p (all, unless `causal`), of these with a window W only those after
+    p - W, or, `chunked`, those from p // W * W on; pages before all of these are not touched. A score s becomes
+    soft_cap * tanh(s / soft_cap) where that is not 0 (Gemma 2), then gains slopes[h] * (key position - p) (slopes
+    (H,): ALiBi, Press et al., 2022). sinks (H,) are a further score of each head, without a value, in the softmax's
+    sum (Xiao et al., 2024). Raises ValueError for pages of another size.
     """
     if value_cache.shape[2] % 16:
         raise ValueError(f"a page must hold a multiple of 16 positions, not {value_cache.shape[2]}")
     output = torch.empty((*q.shape[:2], value_cache.shape[3]), dtype=torch.float32)
+    variant = causal, window, chunked, soft_cap, sinks, slopes
     if not have_numba():
         keys, values = key_cache.numpy(), value_cache.numpy()
         starts, lengths = query_starts.tolist(), context_lengths.tolist()
@@ -40,33 +54,65 @@ def attention(
             for first in range(start, stop, _BLOCK_TOKENS):
                 last = min(first + _BLOCK_TOKENS, stop)
                 block = q[first:last].numpy() * np.float32(scale)
-                output[first:last] = torch.from_numpy(_attend(block, keys, values, pages, length - stop + first))
+                mean = _attend(block, keys, values, pages, length - stop + first, length, *variant)
+                output[first:last] = torch.from_numpy(mean)
         return output
     from trichord.cpu_fallback.attention_kernel import attend
 
-    attend(q, key_cache, value_cache, page_tables, query_starts, context_lengths, output, max_query, scale)
+    attend(q, key_cache, value_cache, page_tables, query_starts, context_lengths, output, max_query, scale, *variant)
     return output
 
 
-def _attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray, pages: np.ndarray, position: int) -> np.ndarray:
+def _attend(
+    q: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    pages: np.ndarray,
+    position: int,
+    length: int,
+    causal: bool,
+    window: int,
+    chunked: bool,
+    soft_cap: float,
+    sinks: torch.Tensor | None,
+    slopes: torch.Tensor | None,
+) -> np.ndarray:
     """One sequence's scaled queries (T, H, D), the first at `position`, over blocks of its context: online softmax."""
     tokens, heads, size = q.shape
     _, kv_heads, page, value_size = values.shape
-    q = q.reshape(tokens, kv_heads, -1, size).swapaxes(0, 1).reshape(kv_heads, -1, size)  # rows (token, head of group)
-    positions = position + np.arange(q.shape[1]) // (heads // kv_heads)
-    largest = np.full((kv_heads, q.shape[1], 1), -np.inf, np.float32)
-    total, sums = np.float32(0), np.float32(0)
-    for start in range(0, position + tokens, _BLOCK_KEYS):
-        stop = min(start + _BLOCK_KEYS, position + tokens)
+    group = heads // kv_heads
+    q = q.reshape(tokens, kv_heads, group, size).swapaxes(0, 1).reshape(kv_heads, -1, size)  # rows (token, head)
+    positions = position + np.arange(tokens).repeat(group)[:, None]
+    first = np.zeros_like(positions)
+    if window:
+        first = positions // window * window if chunked else np.maximum(positions - window + 1, 0)
+    last = positions if causal else np.full_like(positions, length - 1)
+
+    def of_rows(numbers: torch.Tensor) -> np.ndarray:
+        return np.tile(numbers.numpy().reshape(kv_heads, group, 1), (1, tokens, 1))
+
+    # A sink is a score that was met before the first key; without one, a finite number: no row may give NaN.
+    largest = np.full((kv_heads, q.shape[1], 1), -1e30, np.float32) if sinks is None else of_rows(sinks)
+    total, sums = np.float32(sinks is not None), np.float32(0)
+    for start in range(first.min(), last.max() + 1, _BLOCK_KEYS):
+        stop = min(start + _BLOCK_KEYS, last.max() + 1)
+        inside = slice(start % page, start % page + stop - start)
         key, value = (
-            cache[pages[start // page : -(-stop // page)]].swapaxes(0, 1).reshape(kv_heads, -1, cache.shape[3])
+            cache[pages[start // page : -(-stop // page)]]
+            .swapaxes(0, 1)
+            .reshape(kv_heads, -1, cache.shape[3])[:, inside]
             for cache in (keys, values)
         )
-        scores = q @ key[:, : stop - start].astype(np.float32).swapaxes(1, 2)
-        scores[:, np.arange(start, stop) > positions[:, None]] = -np.inf
+        scores = q @ key.astype(np.float32).swapaxes(1, 2)
+        if soft_cap:
+            scores = soft_cap * np.tanh(scores / soft_cap)
+        block = np.arange(start, stop)
+        if slopes is not None:
+            scores += of_rows(slopes) * (block - positions)
+        scores[:, (block < first) | (block > last)] = -np.inf
         new_largest = np.maximum(largest, scores.max(axis=2, keepdims=True))
         weights, decay = np.exp(scores - new_largest), np.exp(largest - new_largest)
-        sums = sums * decay + weights @ value[:, : stop - start].astype(np.float32)
+        sums = sums * decay + weights @ value.astype(np.float32)
         total = total * decay + weights.sum(axis=2, keepdims=True)
         largest = new_largest
     means = (sums / total).reshape(kv_heads, tokens, -1, value_size)

@@ -3,7 +3,8 @@
 A task is a tile of queries of one key-value head: rows (token, query head of its group), so that the head's keys and
 values are read once for all of them. It walks the pages of the context with a running maximum and sum of the softmax
 (online softmax: Milakov and Gimelshein, 2018). Where tasks are fewer than threads, as for single tokens, each context
-is split among several and their results are combined (flash decoding: Dao et al., 2023).
+is split among several and their results are combined (flash decoding: Dao et al., 2023). With a window the walk starts
+at the first position that a query of the tile sees.
 
 Keys are transposed on their way out of the cache, so that scores and means are the same product: a few rows of numbers
 times many rows of vectors, whose sums stay in registers.
@@ -32,12 +33,19 @@ ROWS, COLUMNS = 4, 16
 
 _X = FIELDS.index("x")  # where a job says what its kernel works on
 _ADDRESSES = "q", "key_cache", "value_cache", "page_tables", "query_starts", "context_lengths", "output", "states"
+_OPTIONAL = "sinks", "slopes"
 _GEOMETRY = "max_pages", "tiles", "group", "kv_heads", "size", "value_size", "page", "is_half", "splits", "rows"
-_STRIDES = "token_stride", "head_stride"
+_STRIDES = "token_stride", "head_stride", "value_stride"
+_MASK = "causal", "window", "chunked"
 PROBLEM = np.dtype(
-    [*((name, np.int64) for name in (*_ADDRESSES, *_GEOMETRY, *_STRIDES)), ("scale", np.float32)], align=True
+    [
+        *((name, np.int64) for name in (*_ADDRESSES, *_OPTIONAL, *_GEOMETRY, *_STRIDES, *_MASK)),
+        ("scale", np.float32),
+        ("soft_cap", np.float32),
+    ],
+    align=True,
 )
-"""A call of `attention.attention`: its tensors' addresses, the shapes, q's strides in elements, the scale.
+"""A call of `attention.attention`: its tensors' addresses (0 for none), the shapes, strides in elements, the variant.
 
 `tiles` is how many a sequence may have, `splits` among how many tasks a context is divided. Where these are several,
 each task leaves its state (see `_attend_tile`) at `states`, one after the other; a state has `rows` rows.
@@ -152,38 +160,76 @@ def _load_keys(target, address, is_half, count):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _load_values(target, address, is_half, size, count):  # type: ignore[no-untyped-def]
-    """The first `count` values (size) of a page to target (page, at least size)."""
+def _load_values(target, address, is_half, size, stride, count):  # type: ignore[no-untyped-def]
+    """The first `count` values (size), `stride` numbers apart, to target (count, at least size)."""
     for row in range(count):
         if is_half:
-            source = halves(address + row * size * 2, size)
+            source = halves(address + row * stride * 2, size)
             for column in range(size):
                 target[row, column] = from_half(source[column])
         else:
-            numbers = floats(address + row * size * 4, size)
+            numbers = floats(address + row * stride * 4, size)
             for column in range(size):
                 target[row, column] = numbers[column]
 
 
+@compiled(fastmath={"contract"})
+def _tanh(x):  # type: ignore[no-untyped-def]
+    """tanh(x), float32: the polynomial of Cephes' tanhf near zero, where the exponential would cancel."""
+    one, two = np.float32(1.0), np.float32(2.0)
+    far = one - two / (exp(two * abs(x)) + one)
+    square = x * x
+    near = np.float32(-5.70498872745e-3)
+    near = near * square + np.float32(2.06390887954e-2)
+    near = near * square + np.float32(-5.37397155531e-2)
+    near = near * square + np.float32(1.33314422036e-1)
+    near = near * square + np.float32(-3.33332819422e-1)
+    near = near * square * x + x
+    return near if abs(x) < np.float32(0.625) else (far if x > 0 else -far)
+
+
+@compiled
+def _cap(scores, limit):  # type: ignore[no-untyped-def]
+    """Scores -> limit * tanh(score / limit)."""
+    for index in range(len(scores)):
+        scores[index] = limit * _tanh(scores[index] / limit)
+
+
+@compiled
+def _tilt(scores, slope, distance):  # type: ignore[no-untyped-def]
+    """Adds slope * distance to the first score, slope * (distance + 1) to the next, and so on."""
+    for index in range(len(scores)):
+        scores[index] += slope * np.float32(distance + index)
+
+
 @compiled(fastmath={"reassoc", "contract", "nnan", "nsz"})
-def _soften(scores, count, largest):  # type: ignore[no-untyped-def]
-    """The first `count` scores -> their exponentials below the new maximum, the others -> 0; (maximum, sum)."""
-    for index in range(count):
+def _soften(scores, largest):  # type: ignore[no-untyped-def]
+    """Scores -> their exponentials below the new maximum; (maximum, sum)."""
+    for index in range(len(scores)):
         largest = max(largest, scores[index])
     total = np.float32(0.0)
-    for index in range(count):
+    for index in range(len(scores)):
         weight = exp(scores[index] - largest)
         scores[index] = weight
         total += weight
-    for index in range(count, len(scores)):
-        scores[index] = 0.0
     return largest, total
+
+
+@compiled
+def _seen(problem, position, length):  # type: ignore[no-untyped-def]
+    """What a query at this position sees: the first position, and one past the last."""
+    stop = position + 1 if problem.causal else length
+    if problem.window == 0:
+        return np.int64(0), stop
+    if problem.chunked:
+        return position // problem.window * problem.window, stop
+    return max(np.int64(0), position - problem.window + 1), stop
 
 
 @compiled
 def _attend_tile(problem, task, state):  # type: ignore[no-untyped-def]
     """A task's rows over its pages. Row r of `state` becomes (sums of weighted values ..., maximum, sum of weights)."""
-    sequence, kv_head, first_row, rows, first_token, first_position, first_page, last_page = task
+    sequence, kv_head, split, first_row, rows, first_token, first_position, length, first_page, last_page = task
     group, size, value_size, page = problem.group, problem.size, problem.value_size, problem.page
     is_half, scale = problem.is_half, problem.scale
     queries = np.zeros((state.shape[0], size), np.float32)
@@ -199,32 +245,53 @@ def _attend_tile(problem, task, state):  # type: ignore[no-untyped-def]
     state.fill(0.0)
     for row in range(rows):
         state[row, maximum] = -1e30  # finite: a row that sees no key of a page must not give NaN
+        if problem.sinks != 0 and split == 0:  # a sink is a score that was met before the first key
+            head = kv_head * group + (first_row + row) % group
+            state[row, maximum] = max(np.float32(-1e30), floats(problem.sinks + 4 * head, 1)[0])
+            state[row, total] = 1.0
     table = integers(problem.page_tables + 4 * sequence * problem.max_pages, problem.max_pages)
     width = 2 if is_half else 4
+    lowest = _seen(problem, first_position + first_row // group, length)[0]
+    highest = _seen(problem, first_position + (first_row + rows - 1) // group, length)[1]
     for index in range(first_page, last_page):
-        place = np.int64(table[index]) * problem.kv_heads + kv_head
-        visible = first_position - index * page + 1  # keys of this page that the sequence's first query sees
-        most = min(page, visible + (first_row + rows - 1) // group)
-        _load_keys(keys, problem.key_cache + place * page * size * width, is_half, most)
+        start = index * page
+        place = (np.int64(table[index]) * problem.kv_heads + kv_head) * page
+        least, most = max(0, lowest - start), min(page, highest - start)  # keys of this page that the tile sees
+        skipped = least // COLUMNS * COLUMNS
+        key_address = problem.key_cache + (place + skipped) * size * width
+        _load_keys(keys[:, skipped:], key_address, is_half, most - skipped)
         scores.fill(0.0)
-        _product(scores, queries, keys, rows, most, size)
+        _product(scores[:, skipped:], queries, keys[:, skipped:], rows, most - skipped, size)
         for row in range(rows):
-            count = max(0, min(page, visible + (first_row + row) // group))
-            largest, added = _soften(scores[row], count, state[row, maximum])
+            position = first_position + (first_row + row) // group
+            low, high = _seen(problem, position, length)
+            low = min(max(low - start, 0), page)
+            high = max(min(high - start, page), low)
+            scores[row, :low] = 0.0
+            scores[row, high:] = 0.0
+            seen = scores[row, low:high]
+            if problem.soft_cap != 0.0:
+                _cap(seen, problem.soft_cap)
+            if problem.slopes != 0:
+                head = kv_head * group + (first_row + row) % group
+                _tilt(seen, floats(problem.slopes + 4 * head, 1)[0], start + low - position)
+            largest, added = _soften(seen, state[row, maximum])
             if largest > state[row, maximum]:
                 decay = exp(state[row, maximum] - largest)
                 for column in range(state.shape[1]):
                     state[row, column] *= decay
                 state[row, maximum] = largest
             state[row, total] += added
-        _load_values(values, problem.value_cache + place * page * value_size * width, is_half, value_size, most)
-        _product(state, scores, values, rows, value_size, most)
+        stride = problem.value_stride
+        value_address = problem.value_cache + (place + least) * stride * width
+        _load_values(values, value_address, is_half, value_size, stride, most - least)
+        _product(state, scores[:, least:], values, rows, value_size, most - least)
 
 
 @compiled
 def _write(problem, task, state):  # type: ignore[no-untyped-def]
     """A task's means to the output."""
-    _, kv_head, first_row, rows, first_token, _, _, _ = task
+    _, kv_head, _, first_row, rows, first_token, _, _, _, _ = task
     group, value_size = problem.group, problem.value_size
     for row in range(rows):
         token, head = first_token + (first_row + row) // group, kv_head * group + (first_row + row) % group
@@ -243,10 +310,15 @@ def _task(problem, index):  # type: ignore[no-untyped-def]
     starts = integers(problem.query_starts + 4 * sequence, 2)
     first_token, tokens = np.int64(starts[0]), np.int64(starts[1]) - np.int64(starts[0])
     rows = min(TILE, tokens * problem.group - first_row)
-    first_position = np.int64(integers(problem.context_lengths + 4 * sequence, 1)[0]) - tokens
-    pages = (first_position + (first_row + rows - 1) // problem.group) // problem.page + 1
-    first_page, last_page = pages * split // problem.splits, pages * (split + 1) // problem.splits
-    return sequence, kv_head, first_row, rows, first_token, first_position, first_page, last_page
+    length = np.int64(integers(problem.context_lengths + 4 * sequence, 1)[0])
+    first_position = length - tokens
+    lowest = _seen(problem, first_position + first_row // problem.group, length)[0]
+    highest = _seen(problem, first_position + (first_row + rows - 1) // problem.group, length)[1]
+    first_page = lowest // problem.page
+    pages = (highest - 1) // problem.page + 1 - first_page
+    last_page = first_page + pages * (split + 1) // problem.splits
+    first_page += pages * split // problem.splits
+    return sequence, kv_head, split, first_row, rows, first_token, first_position, length, first_page, last_page
 
 
 @compiled
@@ -261,7 +333,7 @@ def _state(problem, index):  # type: ignore[no-untyped-def]
 @compiled
 def _attend(problem, index):  # type: ignore[no-untyped-def]
     task = _task(problem, index)
-    if task[3] > 0:
+    if task[4] > 0:
         state = _state(problem, index)
         _attend_tile(problem, task, state)
         if problem.splits == 1:
@@ -292,7 +364,7 @@ def _combine(problems, tasks):  # type: ignore[no-untyped-def]
     problem = problems[0]
     for index in range(0, tasks, problem.splits):
         task = _task(problem, index)
-        if task[3] > 0:
+        if task[4] > 0:
             state = _state(problem, index)
             for other in range(index + 1, index + problem.splits):
                 _merge(state, _state(problem, other))
@@ -314,6 +386,12 @@ def attend(
     output: torch.Tensor,
     max_query: int,
     scale: float,
+    causal: bool,
+    window: int,
+    chunked: bool,
+    soft_cap: float,
+    sinks: torch.Tensor | None,
+    slopes: torch.Tensor | None,
 ) -> None:
     """`attention.attention`, to `output`. Contexts are split where there are fewer tasks than two a thread."""
     _, heads, size = q.shape
@@ -322,16 +400,21 @@ def attend(
     group = heads // kv_heads
     tiles = -(-max_query * group // TILE)
     tasks = sequences * tiles * kv_heads
+    pages = min(max_pages, (window + TILE) // page + 2) if window else max_pages  # that a task may walk
     wanted = 2 * threads()
-    splits = 1 if tasks >= wanted else min(max_pages, -(-wanted // max(tasks, 1)))
+    splits = 1 if tasks >= wanted else min(pages, -(-wanted // max(tasks, 1)))
     rows = -(-min(max_query * group, TILE) // ROWS) * ROWS
     columns = -(-value_size // COLUMNS) * COLUMNS + 2
     states = np.empty(0 if splits == 1 else tasks * splits * rows * columns, np.float32)
     tensors = q, key_cache, value_cache, page_tables, query_starts, context_lengths, output
     addresses = *(tensor.data_ptr() for tensor in tensors), states.ctypes.data
+    optional = (0 if tensor is None else tensor.data_ptr() for tensor in (sinks, slopes))
     geometry = max_pages, tiles, group, kv_heads, size, value_size, page, key_cache.itemsize == 2, splits, rows
-    problems = np.array([(*addresses, *geometry, q.stride(0), q.stride(1), scale)], PROBLEM)
+    strides = q.stride(0), q.stride(1), value_cache.stride(2)
+    problems = np.array(
+        [(*addresses, *optional, *geometry, *strides, causal, window, chunked, scale, soft_cap)], PROBLEM
+    )
     job = {"kernel": _kernel_address(), "rows": tasks * splits, "chunk_rows": 1, "x": problems.ctypes.data}
-    run([job | {"columns": rows * max_pages * page * size // splits}])  # about the products a task takes
+    run([job | {"columns": rows * pages * page * size // splits}])  # about the products a task takes
     if splits > 1:
         _combine(problems, tasks * splits)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import itertools
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -86,6 +87,41 @@ CASES = [
     Case(((130, 130),), 2, 1, 64, 64, 64, torch.float16),
     Case(((3, 20), (0, 7), (1, 33)), 2, 1, 192, 128, 16),
 ]
+
+
+HALF = torch.float16
+LATENT = Case(MIXED[:3], 16, 1, 576, 512, 64, HALF, latent=64)
+CASES += [
+    LATENT,
+    Case(((1, 70), (3, 5)), 8, 1, 72, 64, 16, HALF, latent=0),
+    Case(((1, 70), (3, 5)), 4, 2, 40, 21, 16, HALF, latent=19),
+    Case(((1, 33), (18, 40)), 4, 4, 72, 72, 16, HALF),
+    Case(((1, 33), (18, 40)), 4, 2, 256, 256, 64, HALF),
+    Case(((1, 33), (3, 9)), 3, 1, 576, 512, 16),
+]
+CASES += [
+    Case(MIXED, heads, kv_heads, size, size, page, HALF, variant=variant)
+    for (heads, kv_heads, size, page), variant in zip(
+        itertools.cycle([(4, 2, 64, 16), (3, 1, 48, 64), (2, 2, 80, 16)]),
+        [
+            {"causal": False},
+            {"window": 1},
+            {"window": 20},
+            {"window": 64},
+            {"window": 1000},
+            {"window": 20, "chunked": True},
+            {"window": 64, "chunked": True},
+            {"window": 33, "causal": False},
+            {"soft_cap": 3.0},
+            {"sinks": True},
+            {"slopes": True},
+            {"slopes": True, "causal": False},
+            {"window": 40, "soft_cap": 2.5, "sinks": True, "slopes": True},
+        ],
+        strict=False,
+    )
+]
+CASES += [replace(LATENT, variant={"window": 50, "sinks": True})]
 
 
 def attention_inputs(case: Case, backend: Backend):
@@ -187,3 +223,18 @@ def test_arguments_are_left_alone(backend):
     backend.operations.attention(*arguments, "default")
     for argument, copy in zip(arguments, before, strict=False):
         torch.testing.assert_close(argument, copy, rtol=0, atol=0, equal_nan=True)
+
+
+@both
+@pytest.mark.parametrize(
+    "variant", [{}, {"window": 30, "sinks": True}, {"window": 24, "chunked": True, "slopes": True}], ids=str
+)
+def test_a_prompt_at_once_as_token_by_token(backend, variant):
+    whole = Case(((70, 70),), 4, 2, 64, 64, 16, variant=variant)
+    (q, *cache, _, _, _, scale), *_ = attention_inputs(whole, backend)
+    at_once = attend(backend, whole, attention_inputs(whole, backend)[0], "exact")
+    keys, values, tables = (torch.nan_to_num(t) if t.is_floating_point() else t for t in cache)
+    for last in (1, 17, 31, 49, 70):
+        starts, lengths = (on(backend, np.array(numbers, np.int32)) for numbers in ([0, 1], [last]))
+        arguments = q[last - 1 : last], keys, values, tables, starts, lengths, 1, scale
+        assert relative_error(attend(backend, whole, arguments, "exact").cpu(), at_once[last - 1 : last].cpu()) < 1e-6
