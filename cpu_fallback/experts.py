@@ -18,8 +18,8 @@ def expert_matmul(
 
     The (token, expert) pairs are sorted by expert, so that tokens with an expert in common share its decoded blocks.
     Experts with few pairs are multiplied in place, all of them and all weights in one parallel region; one with many
-    is decoded by tiles for BLAS. `Weight.scale` is not applied. Raises ValueError for an id that is no expert and for shapes that do
-    not fit.
+    is decoded by tiles for BLAS. `Weight.scale` is not applied. Raises ValueError for an id that is no expert and
+    for shapes that do not fit.
     """
     tokens, chosen = experts.shape
     for weight in weights:

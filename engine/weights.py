@@ -33,9 +33,10 @@ def load_weight(
     """The tensor `name` as a packed weight on `device`; `rows` or `columns` cut a shard of it before it is packed.
 
     On the CPU the weight is a view of the file's memory map; on a GPU its blocks are uploaded and repacked there. A
-    format without a kernel is dequantized to float32, with one warning. A tensor `X.scale` beside `X.weight`, one number
-    or one for each expert, becomes the weight's scale. Raises GGUFError for a missing tensor, ModelError for one that is no matrix,
-    RequestError for a column cut that is not on block borders or a row cut of a tensor with experts.
+    format without a kernel is dequantized to float32, with one warning. A tensor `X.scale` beside `X.weight`, one
+    number or one for each expert, becomes the weight's scale. Raises GGUFError for a missing tensor, ModelError for
+    one that is no matrix, RequestError for a column cut that is not on block borders or a row cut of a tensor with
+    experts.
     """
     place = resolve(device)
     blocks = file.blocks(name)
