@@ -22,10 +22,10 @@ _THOUGHT_BEGINS, _THOUGHT_ENDS = "<think>", "</think>"
 
 @dataclass(frozen=True)
 class Turn:
-    """What one answer took: `known` of the `prompt` tokens are those of the turns before, token for token."""
+    """What one answer took: `reused` of the `prompt` tokens, all of the conversation so far, came from the cache."""
 
     prompt: int
-    known: int
+    reused: int
     generated: int
     prompt_seconds: float
     generation_seconds: float
@@ -56,7 +56,7 @@ class ChatSession:
         tools and template_arguments go to the template. Raises TokenizerError for a model without a tokenizer that can
         be used, TemplateError for a template that cannot be read.
         """
-        self._llm = llm
+        self.llm = llm
         self._tokenizer = llm.require_tokenizer()
         self._template = ChatTemplate.from_gguf(llm.file, self._tokenizer, template)
         self._variables = {**template_arguments, "tools": tools}
@@ -94,13 +94,13 @@ class ChatSession:
         stream = None
         try:
             rendered = self._template.render(self.messages, **self._variables)
-            ids, known = self._encode(rendered)
-            if len(ids) >= self._llm.context_length:
+            ids = self._encode(rendered)
+            if len(ids) >= self.llm.context_length:
                 raise RequestError(
                     f"The conversation has grown to {len(ids)} tokens, and the context holds"
-                    f" {self._llm.context_length}: begin a new one, or raise context_length."
+                    f" {self.llm.context_length}: begin a new one, or raise context_length."
                 )
-            stream = self._llm.stream(ids, self._params)
+            stream = self.llm.stream(ids, self._params)
             yield from stream
         finally:
             if stream is not None:
@@ -108,7 +108,7 @@ class ChatSession:
             if stream is None or not stream.output.outputs[0].text:
                 self.messages.pop()
             else:
-                self._keep(rendered, ids, known, stream)
+                self._keep(rendered, ids, stream)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the messages as JSON. Raises RequestError when that is not possible."""
@@ -133,19 +133,16 @@ class ChatSession:
         except RequestError as error:
             raise RequestError(f"{path}: this is no conversation: {error}.") from None
 
-    def _encode(self, text: str) -> tuple[list[int], int]:
-        """The conversation's tokens, and how many of them at the start are those of the turns before."""
-        tokenizer = self._tokenizer
+    def _encode(self, text: str) -> list[int]:
+        """The conversation's tokens: those of the turns before, as they were, and the new ones."""
         if self._ids and text.startswith(self._text):
-            new = tokenizer.encode(text[len(self._text) :], add_special=False, parse_special=True)
+            new = self._tokenizer.encode(text[len(self._text) :], add_special=False, parse_special=True)
             # After an end of turn nothing depends on what was before; elsewhere the border may lie within a token.
-            if new and new[0] in tokenizer.stop_ids:
-                return self._ids + new, len(self._ids)
-        ids = encode_rendered(tokenizer, text)
-        pairs = enumerate(zip(ids, self._ids, strict=False))
-        return ids, next((index for index, (new, old) in pairs if new != old), min(len(ids), len(self._ids)))
+            if new and new[0] in self._tokenizer.stop_ids:
+                return self._ids + new
+        return encode_rendered(self._tokenizer, text)
 
-    def _keep(self, rendered: str, ids: list[int], known: int, stream: TextStream) -> None:
+    def _keep(self, rendered: str, ids: list[int], stream: TextStream) -> None:
         """Takes the answer into the conversation, and its tokens into what is known."""
         answer = stream.output.outputs[0]
         tokens = list(answer.token_ids)
@@ -157,7 +154,7 @@ class ChatSession:
         self._ids = ids + said
         self.messages.append(_message(answer.text))
         seconds = stream.prompt_seconds, stream.generation_seconds
-        self.turns.append(Turn(len(ids), known, len(answer.token_ids), *seconds))
+        self.turns.append(Turn(len(ids), stream.reused_tokens, len(answer.token_ids), *seconds))
 
 
 def _message(text: str) -> dict[str, str]:

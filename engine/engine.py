@@ -15,11 +15,11 @@ import torch
 
 from trichord.batch import Batch
 from trichord.cache import PagePool
-from trichord.models.decoder import Decoder
 from trichord.device import memory_errors
 from trichord.dispatch import Precision
+from trichord.models.decoder import Decoder
 from trichord.outputs import TokenLogprobs
-from trichord.sampling import report_logprobs, sample
+from trichord.sampling import log_likelihoods, report_logprobs, sample
 from trichord.scheduler import Chunk, Scheduler
 from trichord.sequence import Sequence
 
@@ -105,12 +105,17 @@ class Engine:
         sequence = chunk.sequence
         if not sequence.owes_prompt_results:
             return []
+        skipped = [None] * (chunk.count - len(logits))
         if sequence.prompt_report == "logits":
-            return list(logits.float().cpu().numpy())
-        # Row i predicts token i + 1; what the last row of the prompt predicts is drawn, not reported.
-        following = sequence.tokens[chunk.start + 1 : chunk.end + 1]
-        report = report_logprobs(logits[: len(following)], following, sequence.params.prompt_logprobs, self._piece)
-        return [*report, None] if chunk.completes else report
+            return skipped + list(logits.float().cpu().numpy())
+        # A row predicts the token after its own; what the last row of the prompt predicts is drawn, not reported.
+        following = sequence.tokens[chunk.end - len(logits) + 1 : chunk.end + 1]
+        rows = logits[: len(following)]
+        if sequence.prompt_report == "likelihoods":
+            report = log_likelihoods(rows, following).tolist()
+        else:
+            report = report_logprobs(rows, following, sequence.params.prompt_logprobs, self._piece)
+        return [*skipped, *report, *([None] if chunk.completes else [])]
 
     def _draw(self, rows: list[tuple[Sequence, torch.Tensor]]) -> dict[Sequence, tuple[int, TokenLogprobs | None]]:
         if not rows:

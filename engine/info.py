@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 
 from trichord.gguf_file import GGUFFile, TensorInfo
+from trichord.terminal import printable
 
 _MAX_SHOWN = 1000  # characters of one string that people are shown
 
@@ -116,7 +117,7 @@ def render(description: dict[str, Any], stream: TextIO, tensors: bool = False) -
         tables.append(_Table(("format", "tensors", "weights", "size", "bits per weight"), rows, 1))
     if tensors and description["tensors"]:
         rows = [
-            (_printable(entry["name"]), entry["format"], " x ".join(map(str, entry["shape"])), _size(entry["bytes"]))
+            (_shown(entry["name"]), entry["format"], " x ".join(map(str, entry["shape"])), _size(entry["bytes"]))
             for entry in description["tensors"]
         ]
         tables.append(_Table(("tensor", "format", "shape", "size"), rows, 2))
@@ -148,7 +149,7 @@ def _facts(description: dict[str, Any]) -> list[tuple[str, ...]]:
         "vocabulary": tokenizer["vocabulary_size"],
         "chat template": "yes" if description["chat_template"] else "no",
     }
-    return [(label, _printable(_span(value))) for label, value in facts.items() if value not in (None, [], 0)]
+    return [(label, _shown(_span(value))) for label, value in facts.items() if value not in (None, [], 0)]
 
 
 def _span(value: str | int | list[int]) -> str:
@@ -175,10 +176,9 @@ def _size(number: int) -> str:
     return f"{number} B"
 
 
-def _printable(text: str) -> str:
-    """One line of bounded length in which every character that is not simply printed is escaped."""
-    short = text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in short)
+def _shown(text: str) -> str:
+    """One line of bounded length."""
+    return printable(text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "...", allowed="")
 
 
 def _show_plain(tables: Sequence[_Table], stream: TextIO) -> None:

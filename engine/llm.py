@@ -153,18 +153,18 @@ class LLM:
 
     def logits(self, token_ids: List[int]) -> np.ndarray:
         """The logits (n_tokens, n_vocab) float32 after each of these tokens; needs no tokenizer."""
-        ids = self._checked(token_ids, room=0)
-        sequence = Sequence(
-            ids,
-            SamplingParams(),
-            CompletionText(None, ()),
-            frozenset(),
-            len(ids),
-            generates=False,
-            prompt_report="logits",
-        )
-        self._run([sequence])
-        return np.stack(sequence.prompt_results)
+        return np.stack(self._prompt_results(token_ids, "logits"))
+
+    def log_likelihoods(self, token_ids: List[int], first: int = 1) -> np.ndarray:
+        """The natural logarithm of each token's probability after those before it, from number `first` on.
+
+        float64 (n_tokens - first,). The logits stay on the device. Raises RequestError like `generate`, and for a
+        `first` below 1, because nothing predicts the first token.
+        """
+        if first < 1:
+            raise RequestError(f"The first token to be predicted must be number 1 or a later one, not {first}.")
+        results = self._prompt_results(token_ids, "likelihoods", first - 1)
+        return np.array(results[first - 1 : -1], np.float64)
 
     def require_tokenizer(self) -> Tokenizer:
         """The file's tokenizer. Raises TokenizerError where it has none that can be used."""
@@ -198,6 +198,21 @@ class LLM:
             )
             for index in range(params.n)
         ]
+
+    def _prompt_results(self, token_ids: List[int], report: str, report_from: int = 0) -> list[Any]:
+        ids = self._checked(token_ids, room=0)
+        sequence = Sequence(
+            ids,
+            SamplingParams(),
+            CompletionText(None, ()),
+            frozenset(),
+            len(ids),
+            generates=False,
+            prompt_report=report,
+            report_from=report_from,
+        )
+        self._run([sequence])
+        return sequence.prompt_results
 
     def _encode(self, text: str) -> list[int]:
         if not text:

@@ -38,6 +38,13 @@ def sample(logits: torch.Tensor, sequences: List[Sequence]) -> list[int]:
     return tokens.tolist()
 
 
+def log_likelihoods(logits: torch.Tensor, tokens: List[int]) -> torch.Tensor:
+    """logits (R, V) and the token that followed each row -> the log-probability (R,) float32 of each of those."""
+    logits = logits.float()
+    chosen = logits.gather(1, torch.tensor(tokens, dtype=torch.int64, device=logits.device)[:, None]).squeeze(1)
+    return chosen - logits.logsumexp(-1)
+
+
 def report_logprobs(
     logits: torch.Tensor, tokens: List[int], count: int, piece: Callable[[int], str]
 ) -> list[TokenLogprobs]:

@@ -40,8 +40,10 @@ class Chunk:
 
     @property
     def logit_rows(self) -> int:
-        """How many of the chunk's last positions need logits: all of a reported prompt, else the one that draws."""
-        return self.count if self.sequence.owes_prompt_results else int(self.completes)
+        """How many of the chunk's last positions need logits: those to be reported, else the one that draws."""
+        if not self.sequence.owes_prompt_results:
+            return int(self.completes)
+        return max(self.end - max(self.start, self.sequence.report_from), 0)
 
 
 class Scheduler:

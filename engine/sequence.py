@@ -15,8 +15,9 @@ from trichord.sampling_params import SamplingParams
 class Sequence:
     """Tokens, their pages, and how many of them the caches already hold; `reused` of them when it was admitted.
 
-    `prompt_report` asks for the logits or the log-probabilities of every prompt position, which the engine puts into
-    `prompt_results`; a sequence with `generates` False ends once its prompt is computed.
+    `prompt_report` asks for the logits, the log-probabilities or the log-likelihood of the next token at every prompt
+    position from `report_from` on, which the engine puts into `prompt_results` (None before). A sequence with
+    `generates` False ends once its prompt is computed.
     """
 
     tokens: list[int]
@@ -26,7 +27,8 @@ class Sequence:
     limit: int
     index: int = 0
     generates: bool = True
-    prompt_report: Literal["logits", "logprobs"] | None = None
+    prompt_report: Literal["logits", "logprobs", "likelihoods"] | None = None
+    report_from: int = 0
     prompt_length: int = field(init=False)
     seed: int = field(init=False)
     pages: list[int] = field(default_factory=list)

@@ -1,0 +1,1 @@
+"""The subcommands of `trichord`, one module each: `add_arguments(parser)` and `run(options)`, the exit status."""
