@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {
     "trichord": "engine",
+    "trichord.commands": "engine/commands",
     "trichord.tokenizers": "engine/tokenizers",
     "trichord.triton_kernels": "triton_kernels",
     "trichord.cpu_fallback": "cpu_fallback",
