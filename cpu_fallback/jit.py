@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import logging
 import os
 import pickle
 import platform
@@ -33,6 +34,7 @@ import numpy as np
 KEPT_KEYS = 6
 """Cache directories that survive: a few environments or machines may share one home, edits of the sources pile up."""
 
+_log = logging.getLogger("trichord.compile")  # the name of each kernel, before and after it is compiled
 _region = threading.Lock()  # Numba's fallback thread pool aborts the process when two threads enter it
 _mask = threading.local()  # the thread count Numba knows for this thread: it keeps one for each
 _threads = 0
@@ -235,11 +237,13 @@ class _DiskCache:
         try:
             return CompileResult._rebuild(target_context, *pickle.loads(self._path(signature).read_bytes()))
         except Exception:
+            _log.info("compiling %s", self._name)
             return None
 
     def save_overload(self, signature: Any, result: Any) -> None:
         from numba.core.serialize import dumps
 
+        _log.info("compiled %s", self._name)
         path = self._path(signature)
         if path is None or result.lifted or result.library.has_dynamic_globals:
             return
