@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from trichord.cpu_fallback.activation import activate
 from trichord.cpu_fallback.attention import attention
+from trichord.cpu_fallback.convolution import short_convolution
 from trichord.cpu_fallback.experts import expert_matmul
 from trichord.cpu_fallback.jit import default_threads, set_threads
 from trichord.cpu_fallback.matmul import FUSED_FORMATS, dequantize, embedding, matmul, pack, unpack
 from trichord.cpu_fallback.norm import norm
 from trichord.cpu_fallback.rotary import rotary_and_cache
 from trichord.cpu_fallback.routing import route
+from trichord.cpu_fallback.scan import delta_scan, state_scan
 from trichord.weight_format import Layout
 
 LAYOUT: Layout = "blocks"
@@ -24,6 +26,7 @@ __all__ = [
     "activate",
     "attention",
     "default_threads",
+    "delta_scan",
     "dequantize",
     "embedding",
     "expert_matmul",
@@ -33,5 +36,7 @@ __all__ = [
     "rotary_and_cache",
     "route",
     "set_threads",
+    "short_convolution",
+    "state_scan",
     "unpack",
 ]
