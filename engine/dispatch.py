@@ -165,8 +165,10 @@ class Operations(Protocol):
     ) -> torch.Tensor:
         """Causal depthwise convolution along each sequence: x (T, C), kernel (C, W), bias (C,) -> (T, C).
 
-        y[t] = sum over w of kernel[:, w] * x[t - W + 1 + w]; inputs before the query come from states (B, C, W - 1),
-        at state_slots (S,) int64, oldest first, which are updated to the sequence's last W - 1 inputs.
+        y[t] = bias + sum over w of kernel[:, w] * x[t - W + 1 + w], then the activation, if any; inputs before the
+        query come from states (B, C, W - 1), at state_slots (S,) int64, oldest first, which are updated to the
+        sequence's last W - 1 inputs. A new sequence's state, here and below, is the caller's to zero. The rows of x
+        and the slots of states may be strided.
         """
 
     def state_scan(
@@ -183,8 +185,9 @@ class Operations(Protocol):
         """The selective scan of Mamba: x (T, H, P) -> (T, H, P), updating states (B, H, P, N) at state_slots (S,).
 
         state = exp(step_sizes * rates) * state + step_sizes * x outer b; y = state c, token by token.
-        step_sizes (T, H). rates (H, N), negative: Mamba-1 has P = 1 and a rate for each n, Mamba-2 N equal ones.
-        b, c (T, G, N): head h reads group h // (H / G).
+        step_sizes (T, H), positive: their softplus is the caller's. rates (H, N) or, one for all n, (H, 1), negative:
+        Mamba-1 has P = 1 and N rates, Mamba-2 one. b, c (T, G, N): head h reads group h // (H / G). Of x, step_sizes,
+        b and c only the last dimension must be contiguous.
         """
 
     def delta_scan(
@@ -197,12 +200,16 @@ class Operations(Protocol):
         states: torch.Tensor,
         state_slots: torch.Tensor,
         query_starts: torch.Tensor,
+        *,
+        tiled: bool = False,
     ) -> torch.Tensor:
         """Linear attention with decay, by the (gated) delta rule when beta is given: -> (T, H, Dv).
 
         Token by token: state = exp(decay) * state; state += k outer (beta * (v - k state)), or k outer v without beta;
-        y = q state. q, k (T, G, D): head h reads head h // (H / G). v (T, H, Dv). decay (T, H, 1) or (T, H, D), the
-        logarithm of the factor of each row. beta (T, H). states (B, H, D, Dv) at state_slots (S,) int64.
+        y = q state. q, k (T, G, D), normalised and scaled by the caller: head h reads head h // (H / G), or h % G when
+        `tiled` (the order of Qwen3.5's files). v (T, H, Dv). decay (T, H, 1) or (T, H, D), the logarithm of the factor
+        of each row. beta (T, H). states (B, H, D, Dv) at state_slots (S,) int64. Of the inputs only the last dimension
+        must be contiguous.
         """
 
 
