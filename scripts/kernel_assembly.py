@@ -1,8 +1,8 @@
 """Compiles kernels for GPUs that are not here, and reads the machine code that comes out.
 
 A launch compiles its kernel and stops there: Triton's driver is replaced by one that names the target. So what is read
-has the arguments, the alignments, the tile sizes and the options of the real launch. That works in a process of its own
-only, without TRITON_INTERPRET, since one process compiles for one target.
+has the arguments, the alignments, the tile sizes and the options of the real launch. That works only in a process
+without TRITON_INTERPRET.
 
 The assembly of CUDA comes from `nvdisasm` and the registers from `cuobjdump`, both inside the Triton package; that of
 HIP is the compiler's text.
@@ -117,7 +117,7 @@ _BRANCH = re.compile(r"^(?:BRA|s_cbranch\w*|s_branch)\b.*?(\.?LBB\w+|\.L_\w+)")
 
 
 def main_loop(assembly: str) -> list[str]:
-    """The instructions of the longest loop without another loop inside, predicates removed; none without a loop."""
+    """The instructions of the longest loop without another loop inside, predicates removed; all if there is none."""
     labels: dict[str, int] = {}
     instructions: list[str] = []
     loops: list[tuple[int, int]] = []
@@ -127,10 +127,10 @@ def main_loop(assembly: str) -> list[str]:
         elif found := _SASS.match(line) or _AMDGCN.match(line):
             branch = _BRANCH.match(found[1])
             instructions.append(found[1])
-            if branch and branch[1] in labels:
+            if branch and labels.get(branch[1], len(instructions)) < len(instructions) - 1:  # not a trap at the end
                 loops.append((labels[branch[1]], len(instructions)))
     innermost = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
-    start, end = max(innermost, key=lambda loop: loop[1] - loop[0], default=(0, 0))
+    start, end = max(innermost, key=lambda loop: loop[1] - loop[0], default=(0, len(instructions)))
     return instructions[start:end]
 
 
