@@ -1,4 +1,4 @@
-"""Gated activations of the feed-forward network."""
+"""Activations of the feed-forward network, gated or not."""
 
 from __future__ import annotations
 
@@ -8,19 +8,43 @@ import torch
 from trichord.cpu_fallback.jit import have_numba
 
 
-def activate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    """silu(gate) * up (T, F) float32, contiguous (Shazeer, 2020).
+def activate(gate: torch.Tensor, up: torch.Tensor | None, activation: str) -> torch.Tensor:
+    """activation(gate) * up, elementwise (..., F) float32, contiguous; without `up` the activation alone.
 
-    Rows may be strided: gate and up may be the halves of one product.
+    "silu" (with up: SwiGLU, Shazeer, 2020); "gelu", the tanh approximation, and "gelu_erf", the exact one (Hendrycks
+    and Gimpel, 2016); "relu"; "relu_squared" (So et al., 2021); "swiglu_oai", that of gpt-oss:
+    g * sigmoid(1.702 g) * (u + 1) with g = min(gate, 7), u = clamp(up, -7, 7). Rows may be strided: gate and up may be
+    the halves of one product.
     """
-    tokens, width = gate.shape
     if not have_numba():
-        x = gate.numpy()
-        with np.errstate(over="ignore"):  # exp(-x) = infinity rightly gives 0
-            return torch.from_numpy(x / (1 + np.exp(-x)) * up.numpy())
-    from trichord.cpu_fallback.token_kernels import gate_up, gate_up_everywhere, over_tokens
+        return _activate(gate, up, activation)
+    from trichord.cpu_fallback import token_kernels
 
-    output = torch.empty((tokens, width), dtype=torch.float32)
-    tensors = gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), output.data_ptr(), width
-    over_tokens(gate_up, gate_up_everywhere, tokens, width, tensors)
+    output = torch.empty(gate.shape, dtype=torch.float32)
+    width = gate.shape[-1]
+    gates, ups = (None if tensor is None else tensor.reshape(-1, width) for tensor in (gate, up))
+    kernel = token_kernels.activate(activation)
+    kernel(len(gates), width, *_place(gates), *_place(ups), output.data_ptr(), width)
     return output
+
+
+def _place(rows: torch.Tensor | None) -> tuple[int, int]:
+    return (0, 0) if rows is None else (rows.data_ptr(), rows.stride(0))
+
+
+def _activate(gate: torch.Tensor, up: torch.Tensor | None, activation: str) -> torch.Tensor:
+    """The same by torch, in float64 since the tails of GELU need it."""
+    x = gate.double()
+    if activation == "silu":
+        x = x * x.sigmoid()
+    elif activation == "gelu":
+        x = x * ((8 / np.pi) ** 0.5 * (x + 0.044715 * x**3)).sigmoid()
+    elif activation == "gelu_erf":
+        x = x * torch.erfc(x * -(0.5**0.5)) / 2
+    elif activation == "swiglu_oai":
+        x = x.clamp(max=7)
+        x = x * (1.702 * x).sigmoid()
+        up = None if up is None else up.clamp(-7, 7) + 1
+    else:
+        x = x.relu() ** {"relu": 1, "relu_squared": 2}[activation]
+    return (x if up is None else x * up).float().contiguous()

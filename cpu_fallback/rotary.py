@@ -11,39 +11,43 @@ from trichord.cpu_fallback.jit import have_numba
 def rotary_and_cache(
     q: torch.Tensor,
     k: torch.Tensor,
-    v: torch.Tensor,
+    v: torch.Tensor | None,
     cos: torch.Tensor,
     sin: torch.Tensor,
     key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    value_cache: torch.Tensor | None,
     slots: torch.Tensor,
     interleaved: bool,
 ) -> None:
     """Rotates q (T, H, D) in place; writes the rotated k (T, G, D) and v (T, G, Dv) at `slots` (T,) int64.
 
     cos, sin (T, R/2), contiguous, rotate the first R <= D elements: pairs (2i, 2i+1) when interleaved (Su et al.,
-    2021), else (i, i + R/2) (GPT-NeoX); the rest passes through. Caches are (P, G, page, D) and (P, G, page, Dv),
-    contiguous, float32 or float16; slot = page index * page + offset. q, k and v may be slices of one product: only
-    the elements of a head must be adjacent.
+    2021), else (i, i + R/2) (GPT-NeoX); the rest passes through, with R = 0 all. Caches are (P, G, page, D) and
+    (P, G, page, Dv), contiguous, float32 or float16; slot = page index * page + offset. Without v only the keys are
+    written. q, k and v may be slices of one product: only the elements of a head must be adjacent.
     """
     tokens, heads, size = q.shape
-    kv_heads, value_size = v.shape[1:]
-    page, pairs = key_cache.shape[2], cos.shape[1]
+    kv_heads, page, pairs = k.shape[1], key_cache.shape[2], cos.shape[1]
     if not have_numba():
         pages, offsets = np.divmod(slots.numpy(), page)
         rotated = k.numpy().copy()
         for x in (q.numpy(), rotated):
             _rotate(x, cos.numpy()[:, None], sin.numpy()[:, None], interleaved)
         key_cache.numpy()[pages, :, offsets] = rotated
-        value_cache.numpy()[pages, :, offsets] = v.numpy()
+        if v is not None:
+            value_cache.numpy()[pages, :, offsets] = v.numpy()
         return
-    from trichord.cpu_fallback.token_kernels import over_tokens, rotate, rotate_everywhere
+    from trichord.cpu_fallback.token_kernels import rotate_and_store
 
-    tensors = tuple(tensor.data_ptr() for tensor in (q, k, v, cos, sin, key_cache, value_cache, slots))
-    strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]
-    half = int(key_cache.dtype == torch.float16)
-    geometry = heads, kv_heads, size, value_size, pairs, page, half, int(interleaved)
-    over_tokens(rotate, rotate_everywhere, tokens, (heads + kv_heads) * size, tensors, strides, geometry)
+    value_place, value_size = ((0, 0, 0), 0) if v is None else (_place(v), v.shape[2])
+    inputs = *_place(q), *_place(k), *value_place, cos.data_ptr(), sin.data_ptr()
+    targets = key_cache.data_ptr(), 0 if v is None else value_cache.data_ptr(), slots.data_ptr()
+    geometry = heads, kv_heads, size, value_size, pairs, page, key_cache.dtype == torch.float16, interleaved
+    rotate_and_store(tokens, (heads + kv_heads) * size, *inputs, *targets, *geometry)
+
+
+def _place(x: torch.Tensor) -> tuple[int, int, int]:
+    return x.data_ptr(), x.stride(0), x.stride(1)
 
 
 def _rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, interleaved: bool) -> None:

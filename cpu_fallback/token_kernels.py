@@ -1,72 +1,243 @@
-"""What happens to each token by itself, in Numba: RMS norm, rotary embedding with the cache write, SwiGLU.
+"""What happens to each token by itself, in Numba: norms, rotary embedding with the cache write, activations.
 
-Every kernel works on the tokens first <= token < last, its `..._everywhere` on all of them in threads. Tensors come as
-addresses and strides (see `native`), in elements.
+A kernel's body works on the rows first <= row < last. It finds a call's tensors as addresses (0: none), strides in
+elements and shapes in a record.
 """
 
 from __future__ import annotations
 
+import functools
+from array import array
+from struct import Struct
+from types import FunctionType
+
 import numpy as np
-from numba import prange
+from numba import carray
 
-from trichord.cpu_fallback.jit import compiled, threads
-from trichord.cpu_fallback.native import exp, floats, halves, long_integers, to_half
+from trichord.cpu_fallback.jit import Compiled, compile_address, compiled
+from trichord.cpu_fallback.jobs import FIELDS, run
+from trichord.cpu_fallback.native import exp, floats, halves, long_integers, pointer, to_half
 
-WORTH_THREADS = 1 << 16
-"""Numbers from which on waking the threads, some microseconds, costs less than it saves."""
-
-
-def over_tokens(kernel, everywhere, tokens, width, *arguments):  # type: ignore[no-untyped-def]
-    """Runs a kernel over all tokens, of `width` numbers each, on as many threads as that is worth."""
-    if tokens * width < WORTH_THREADS:
-        kernel(*arguments, 0, tokens)
-    else:
-        everywhere(*arguments, tokens, threads())
+_X = FIELDS.index("x")  # where a job has its record's address
+_WORTH_HELP = 1 << 16
+"""Numbers from which on threads save more than it costs to tell them."""
+_PRODUCTS = 4  # that `jobs` counts, and that take about as long as a number
+_CHUNK_NUMBERS = 1 << 14
+"""Numbers a thread takes at a time: some 10 microseconds of work."""
 
 
-@compiled(fastmath={"reassoc", "contract"})
-def normalize(tensors, epsilon, first, last):  # type: ignore[no-untyped-def]
-    """tensors: residual, its stride, delta (0: none), its stride, gain, output, width."""
-    residual, residual_stride, delta, delta_stride, gain, output, width = tensors
-    gains = floats(gain, width)
-    for token in range(first, last):
-        row = floats(residual + 4 * token * residual_stride, width)
-        if delta:
-            added = floats(delta + 4 * token * delta_stride, width)
-            for column in range(width):
-                row[column] += added[column]
-        squares = 0.0
-        for column in range(width):
-            squares += np.float64(row[column]) * np.float64(row[column])
-        scale = np.float32(1.0 / np.sqrt(squares / width + epsilon))
-        normal = floats(output + 4 * token * width, width)
-        for column in range(width):
-            normal[column] = row[column] * scale * gains[column]
+def _record(names: str, **others: type) -> np.dtype:
+    return np.dtype([*((name, np.int64) for name in names.split()), *others.items()], align=True)
 
 
-@compiled(parallel=True)
-def normalize_everywhere(tensors, epsilon, tokens, workers):  # type: ignore[no-untyped-def]
-    """All tokens, on `workers` threads."""
-    for worker in prange(workers):
-        normalize(tensors, epsilon, tokens * worker // workers, tokens * (worker + 1) // workers)
+_NORM = _record(
+    "residual token_stride head_stride delta delta_token_stride delta_head_stride gain gain_lines bias bias_lines "
+    "output heads width centered",
+    epsilon=np.float64,
+)
+_ROTARY = _record(
+    "q q_token q_head k k_token k_head v v_token v_head cos sin key_cache value_cache slots heads kv_heads size "
+    "value_size pairs page is_half interleaved"
+)
+_ACTIVATION = _record("gate gate_stride up up_stride output width")
+
+
+class Kernel:
+    """A body, compiled for the address of a record and the first and the last row."""
+
+    def __init__(self, body: Compiled, record: np.dtype) -> None:
+        self._body = body
+        self._struct = Struct("".join("d" if record[index].kind == "f" else "q" for index in range(len(record))))
+
+    def __call__(self, rows: int, width: int, *fields: float) -> None:
+        """Works on all rows, of `width` numbers each, given the record's fields; on threads where that is worth it."""
+        record = array("b", self._struct.pack(*fields))
+        place = record.buffer_info()[0]
+        if rows * width < _WORTH_HELP:
+            self._body(place, 0, rows)
+            return
+        job = {"kernel": self._address, "rows": rows, "columns": _PRODUCTS * width, "x": place}
+        run([job | {"chunk_rows": max(1, _CHUNK_NUMBERS // width)}])
+
+    @functools.cached_property
+    def _address(self) -> int:
+        kernel = _copy(_work, f"work_{self._body.__name__}", body=self._body)
+        return compile_address(kernel, "void(CPointer(int64), int64, int64)")
+
+
+def _work(job, first, last):  # type: ignore[no-untyped-def]
+    body(carray(job, len(FIELDS))[_X], first, last)  # noqa: F821 - each kernel is this code with a body of its own
+
+
+def _copy(function: FunctionType, name: str, **names: Compiled) -> FunctionType:
+    """The function with these globals as well."""
+    copy = FunctionType(function.__code__, {**globals(), **names}, name)
+    copy.__qualname__ = name
+    return copy
+
+
+# Norm
 
 
 @compiled
-def gate_up(tensors, first, last):  # type: ignore[no-untyped-def]
-    """tensors: gate, its stride, up, its stride, output, width."""
-    gate, gate_stride, up, up_stride, output, width = tensors
-    for token in range(first, last):
-        gates, ups = floats(gate + 4 * token * gate_stride, width), floats(up + 4 * token * up_stride, width)
-        product = floats(output + 4 * token * width, width)
+def _normalize(record, first, last):  # type: ignore[no-untyped-def]
+    """A row is a head of a token."""
+    problem = carray(pointer(record), 1, _NORM)[0]
+    width = problem.width
+    for row in range(first, last):
+        token, head = row // problem.heads, row % problem.heads
+        place = 4 * (token * problem.token_stride + head * problem.head_stride)
+        delta = 4 * (token * problem.delta_token_stride + head * problem.delta_head_stride)
+        _normalize_row(
+            floats(problem.residual + place, width),
+            floats(problem.delta + delta, width if problem.delta else 0),
+            floats(problem.gain + 4 * (row % problem.gain_lines) * width, width if problem.gain else 0),
+            floats(problem.bias + 4 * (row % problem.bias_lines) * width, width if problem.bias else 0),
+            floats(problem.output + 4 * row * width, width),
+            problem.centered,
+            problem.epsilon,
+        )
+
+
+@compiled(fastmath={"reassoc", "contract"})
+def _normalize_row(row, delta, gain, bias, normal, centered, epsilon):  # type: ignore[no-untyped-def]
+    """One row; delta, gain and bias are empty where there are none."""
+    width = len(row)
+    for column in range(len(delta)):
+        row[column] += delta[column]
+    mean = np.float32(0.0)
+    if centered:
+        total = 0.0
         for column in range(width):
-            product[column] = gates[column] / (np.float32(1.0) + exp(-gates[column])) * ups[column]
+            total += np.float64(row[column])
+        mean = np.float32(total / width)
+    squares = 0.0
+    for column in range(width):
+        difference = np.float64(row[column] - mean)
+        squares += difference * difference
+    scale = np.float32(1.0 / np.sqrt(squares / width + epsilon))
+    for column in range(width):
+        number = (row[column] - mean) * scale
+        if len(gain):
+            number *= gain[column]
+        if len(bias):
+            number += bias[column]
+        normal[column] = number
 
 
-@compiled(parallel=True)
-def gate_up_everywhere(tensors, tokens, workers):  # type: ignore[no-untyped-def]
-    """All tokens, on `workers` threads."""
-    for worker in prange(workers):
-        gate_up(tensors, tokens * worker // workers, tokens * (worker + 1) // workers)
+normalize = Kernel(_normalize, _NORM)
+
+# Activation
+
+
+def _activate(record, first, last):  # type: ignore[no-untyped-def]
+    """`activation` and `factor` are globals of each activation's copy."""
+    problem = carray(pointer(record), 1, _ACTIVATION)[0]
+    width = problem.width
+    for row in range(first, last):
+        gate = floats(problem.gate + 4 * row * problem.gate_stride, width)
+        product = floats(problem.output + 4 * row * width, width)
+        if problem.up:
+            up = floats(problem.up + 4 * row * problem.up_stride, width)
+            for column in range(width):
+                product[column] = activation(gate[column]) * factor(up[column])  # noqa: F821
+        else:
+            for column in range(width):
+                product[column] = activation(gate[column])  # noqa: F821
+
+
+@compiled
+def _factor(up):  # type: ignore[no-untyped-def]
+    return up
+
+
+@compiled
+def _clipped_factor(up):  # type: ignore[no-untyped-def]
+    return min(max(up, np.float32(-7.0)), np.float32(7.0)) + np.float32(1.0)
+
+
+@compiled
+def _silu(x):  # type: ignore[no-untyped-def]
+    return x / (np.float32(1.0) + exp(-x))
+
+
+@compiled
+def _clipped_silu(x):  # type: ignore[no-untyped-def]
+    x = min(x, np.float32(7.0))
+    return x / (np.float32(1.0) + exp(np.float32(-1.702) * x))
+
+
+@compiled
+def _power_of_two(exponent):  # type: ignore[no-untyped-def]
+    """2 to a float64 power <= 0, as float32; 0 where that is subnormal."""
+    exponent = max(exponent, -200.0)
+    whole = np.floor(exponent)
+    bits = np.int32((np.int32(max(whole, -127.0)) + np.int32(127)) << np.int32(23))
+    return exp(np.float32((exponent - whole) * 0.6931471805599453)) * bits.view(np.float32)
+
+
+@compiled(fastmath={"contract"})
+def _gelu(x):  # type: ignore[no-untyped-def]
+    """x sigmoid(2 z), which is x (1 + tanh(z)) / 2 without its cancellation, z = sqrt(2 / pi) (x + 0.044715 x³).
+
+    The exponent is computed in float64: its error is the relative error of the tail.
+    """
+    a = np.float64(abs(x))
+    e = _power_of_two(-2.302208198144325 * a * (1.0 + 0.044715 * a * a))  # log2(e) sqrt(8 / pi)
+    return x * (e if x < np.float32(0.0) else np.float32(1.0)) / (np.float32(1.0) + e)
+
+
+@compiled(fastmath={"contract"})
+def _gelu_erf(x):  # type: ignore[no-untyped-def]
+    """x Phi(x), Phi the normal distribution, from its tail on the side of x.
+
+    1 - Phi(a) = exp(-a²/2) t P(t), t = 1 / (1 + 0.35 a), with P fitted to 3e-8, relative, on 0 <= a <= 14.
+    """
+    a = abs(x)
+    t = np.float32(1.0) / (np.float32(1.0) + np.float32(0.35) * a)
+    p = np.float32(-0.02914594)
+    p = p * t + np.float32(0.14397174)
+    p = p * t + np.float32(-0.25571433)
+    p = p * t + np.float32(0.15917426)
+    p = p * t + np.float32(-0.023109902)
+    p = p * t + np.float32(0.10550803)
+    p = p * t + np.float32(0.11983286)
+    p = p * t + np.float32(0.13986187)
+    p = p * t + np.float32(0.1396214)
+    wide = np.float64(a)
+    tail = p * t * _power_of_two(-0.7213475204444817 * wide * wide)  # log2(e) / 2
+    return x * (tail if x < np.float32(0.0) else np.float32(1.0) - tail)
+
+
+@compiled
+def _relu(x):  # type: ignore[no-untyped-def]
+    return max(x, np.float32(0.0))
+
+
+@compiled
+def _relu_squared(x):  # type: ignore[no-untyped-def]
+    return _relu(x) * _relu(x)
+
+
+ACTIVATIONS = {
+    "silu": _silu,
+    "gelu": _gelu,
+    "gelu_erf": _gelu_erf,
+    "relu": _relu,
+    "relu_squared": _relu_squared,
+    "swiglu_oai": _clipped_silu,
+}
+"""Functions of one float32 number, by their names in `trichord.dispatch.Activation`."""
+
+
+@functools.cache
+def activate(name: str) -> Kernel:
+    """The kernel of an activation."""
+    parts = {"activation": ACTIVATIONS[name], "factor": _clipped_factor if name == "swiglu_oai" else _factor}
+    return Kernel(compiled(_copy(_activate, f"activate_{name}", **parts)), _ACTIVATION)
+
+
+# Rotary embedding
 
 
 @compiled
@@ -95,34 +266,27 @@ def _store(source, cache, row, is_half):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def rotate(tensors, strides, geometry, first, last):  # type: ignore[no-untyped-def]
-    """tensors: q, k, v, cos, sin, key_cache, value_cache, slots; strides: of the tokens and heads of q, k, v.
-
-    geometry: query heads, key-value heads, head size, value size, pairs, page, whether the caches are of float16,
-    whether pairs are interleaved.
-    """
-    q, k, v, cos, sin, key_cache, value_cache, slots = tensors
-    q_token, q_head, k_token, k_head, v_token, v_head = strides
-    heads, kv_heads, size, value_size, pairs, page, is_half, interleaved = geometry
+def _rotate_and_store(record, first, last):  # type: ignore[no-untyped-def]
+    """A row is a token: its queries turn in place, its keys on their way to the cache."""
+    problem = carray(pointer(record), 1, _ROTARY)[0]
+    heads, kv_heads, size, pairs = problem.heads, problem.kv_heads, problem.size, problem.pairs
     key = np.empty(size, np.float32)
     for token in range(first, last):
-        token_cos, token_sin = floats(cos + 4 * token * pairs, pairs), floats(sin + 4 * token * pairs, pairs)
+        cos, sin = floats(problem.cos + 4 * token * pairs, pairs), floats(problem.sin + 4 * token * pairs, pairs)
         for head in range(heads):
-            query = floats(q + 4 * (token * q_token + head * q_head), size)
-            _rotate(query, query, token_cos, token_sin, interleaved)
-        page_index, offset = divmod(long_integers(slots, token + 1)[token], page)
+            query = floats(problem.q + 4 * (token * problem.q_token + head * problem.q_head), size)
+            _rotate(query, query, cos, sin, problem.interleaved)
+        page_index, offset = divmod(long_integers(problem.slots, token + 1)[token], problem.page)
         for head in range(kv_heads):
-            row = (page_index * kv_heads + head) * page + offset
-            source = floats(k + 4 * (token * k_token + head * k_head), size)
+            row = (page_index * kv_heads + head) * problem.page + offset
+            source = floats(problem.k + 4 * (token * problem.k_token + head * problem.k_head), size)
             for column in range(2 * pairs, size):
                 key[column] = source[column]
-            _rotate(source, key, token_cos, token_sin, interleaved)
-            _store(key, key_cache, row, is_half)
-            _store(floats(v + 4 * (token * v_token + head * v_head), value_size), value_cache, row, is_half)
+            _rotate(source, key, cos, sin, problem.interleaved)
+            _store(key, problem.key_cache, row, problem.is_half)
+            if problem.v:
+                value = problem.v + 4 * (token * problem.v_token + head * problem.v_head)
+                _store(floats(value, problem.value_size), problem.value_cache, row, problem.is_half)
 
 
-@compiled(parallel=True)
-def rotate_everywhere(tensors, strides, geometry, tokens, workers):  # type: ignore[no-untyped-def]
-    """All tokens, on `workers` threads."""
-    for worker in prange(workers):
-        rotate(tensors, strides, geometry, tokens * worker // workers, tokens * (worker + 1) // workers)
+rotate_and_store = Kernel(_rotate_and_store, _ROTARY)
