@@ -50,6 +50,16 @@ class Rotary:
         return (angles.cos() * self.magnitude).float(), (angles.sin() * self.magnitude).float()
 
 
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """x (T, H, D) with its first R elements turned by cos, sin (T, R/2): pairs (2i, 2i+1), or (i, i + R/2)."""
+    turning, rest = x.split([2 * cos.shape[1], x.shape[2] - 2 * cos.shape[1]], dim=2)
+    a, b = (turning[..., ::2], turning[..., 1::2]) if interleaved else turning.chunk(2, dim=2)
+    cos, sin = cos[:, None], sin[:, None]
+    pair = a * cos - b * sin, a * sin + b * cos
+    turned = torch.stack(pair, dim=3).flatten(2) if interleaved else torch.cat(pair, dim=2)
+    return torch.cat((turned, rest), dim=2)
+
+
 def _yarn_share(config: RotaryConfig, pairs: torch.Tensor) -> torch.Tensor:
     """How much of each pair's own frequency YaRN keeps: 1 for fast pairs, 0 for slow ones, a ramp between."""
 

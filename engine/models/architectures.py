@@ -1,8 +1,8 @@
 """The architectures: one record each, naming what differs between decoder families. The blocks interpret them.
 
-What the file itself shows needs no field: fused or separate projections, biases, a tied output matrix, norms of queries
-and keys, attention sinks, dense layers before those with experts, shared experts. Sources: the graphs of llama.cpp, which
-define what a GGUF file of an architecture means.
+What the file itself shows needs no field: fused or separate projections, biases, a tied output matrix, norms of
+queries and keys, attention sinks, dense layers before those with experts, shared experts. Sources: the graphs of
+llama.cpp, which define what a GGUF file of an architecture means.
 """
 
 from __future__ import annotations
@@ -31,10 +31,22 @@ class Routing:
 
 
 @dataclass(frozen=True)
+class Refinement:
+    """What is different in files whose metadata has `value` (None: anything but 0) under `key`."""
+
+    key: str
+    value: int | None
+    changes: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A decoder family, by its `general.architecture`."""
 
     name: str
+    refined: tuple[Refinement, ...] = ()
+    unused: tuple[str, ...] = ()
+    """Tensors below a layer's prefix (or below none) that llama.cpp accepts in a file and does not use."""
 
     # Norms: tensors' names, of which the first that the file has counts; none of them, no norm.
     norm: Literal["rms", "layer"] = "rms"
@@ -68,7 +80,8 @@ class Architecture:
     """The query projection holds a gate beside each head's query, which scales the attention's result."""
     latent: bool = False
     """Multi-head latent attention where the file has its tensors (attn_kv_a_mqa)."""
-    scale_in_metadata: bool = False
+    attention_scale: Literal["root", "inverse", "metadata"] = "root"
+    """Scores are divided by the root of the head's size, by the size, or multiplied by the metadata's number."""
     clamped: bool = False
     alibi: bool = False
     soft_caps: bool = False
@@ -106,7 +119,7 @@ _GRANITE: dict[str, Any] = {
     "embedding_scale": "metadata",
     "residual_scale": True,
     "logit_scale": "divide",
-    "scale_in_metadata": True,
+    "attention_scale": "metadata",
     "experts": Routing(normalize=True),
 }
 _COHERE: dict[str, Any] = {
@@ -117,6 +130,8 @@ _COHERE: dict[str, Any] = {
     "head_norm": "layer",
     "logit_scale": "multiply",
 }
+_OUTPUT_BIAS = ("attn_output.bias",)
+_BIASES = (*_OUTPUT_BIAS, "ffn_gate.bias", "ffn_up.bias", "ffn_down.bias")
 _NORMALIZED = Routing(normalize=True)
 _DEEPSEEK = Routing(gating=True, normalize=None, scaled=True)
 
@@ -124,15 +139,14 @@ ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
         Architecture(
-            "afmoe",
-            **_POST_NORMS,
-            window_every=4,
-            unrotated="full_attention",
-            embedding_scale="sqrt_width",
-            experts=_DEEPSEEK,
+            "afmoe", **_POST_NORMS, window_every=4, embedding_scale="sqrt_width", experts=_DEEPSEEK, unrotated=4
         ),
         Architecture("arcee", **_PAIRED, activation="relu_squared"),
-        Architecture("baichuan", **_PAIRED),
+        Architecture(
+            "baichuan",
+            rotary="none",
+            refined=(Refinement("block_count", 32, _PAIRED), Refinement("block_count", 40, {"alibi": True})),
+        ),
         Architecture("bailingmoe", **_PAIRED, experts=Routing(normalize=None, scaled=True)),
         Architecture("bailingmoe2", experts=Routing(gating=True, normalize=None, scaled=True, grouped=True)),
         Architecture(
@@ -146,11 +160,16 @@ ARCHITECTURES = {
         Architecture("deci", **_PAIRED),
         Architecture("deepseek", **_PAIRED, experts=Routing(scaled=True)),
         Architecture("dots1", experts=_DEEPSEEK),
-        Architecture("dream", causal=False),
-        Architecture("ernie4_5", **_PAIRED),
-        Architecture("ernie4_5-moe", **_PAIRED, experts=Routing(normalize=True, scaled=True)),
+        Architecture("dream", causal=False, unused=("output.bias",)),
+        Architecture("ernie4_5", **_PAIRED, unused=_OUTPUT_BIAS),
+        Architecture("ernie4_5-moe", **_PAIRED, experts=Routing(normalize=True, scaled=True), unused=_OUTPUT_BIAS),
         Architecture("exaone"),
-        Architecture("exaone4", **_ONLY_POST_NORMS, window_every=4, unrotated="full_attention"),
+        Architecture(
+            "exaone4",
+            **_ONLY_POST_NORMS,
+            unrotated="full_attention",
+            refined=(Refinement("block_count", 64, {"window_every": 4}),),
+        ),
         Architecture("exaone-moe", window_every=4, unrotated="full_attention", experts=_DEEPSEEK),
         Architecture(
             "falcon",
@@ -161,9 +180,18 @@ ARCHITECTURES = {
             activation="gelu",
         ),
         Architecture("gemma", **_GATED_GELU),
-        Architecture("gemma2", **_GATED_GELU, **_POST_NORMS, window_every=2, soft_caps=True, scale_in_metadata=True),
-        Architecture("gemma3", **_GATED_GELU, **_POST_NORMS, window_every=6, window_base=1e4, scale_in_metadata=True),
-        Architecture("glm4", **_PAIRED, **_POST_NORMS),
+        Architecture(
+            "gemma2", **_GATED_GELU, **_POST_NORMS, window_every=2, soft_caps=True, attention_scale="metadata"
+        ),
+        Architecture(
+            "gemma3", **_GATED_GELU, **_POST_NORMS, window_every=6, window_base=1e4, attention_scale="metadata"
+        ),
+        Architecture(
+            "glm4",
+            **_PAIRED,
+            **_POST_NORMS,
+            refined=(Refinement("rope.dimension_sections", None, {"rotary": "halves"}),),
+        ),
         Architecture("glm4moe", **_SECOND_NORM_BY_PLACE, experts=_DEEPSEEK),
         Architecture("gpt2", **_LAYER_NORM, rotary="none", learned_positions=True, activation="gelu"),
         Architecture(
@@ -181,12 +209,12 @@ ARCHITECTURES = {
         Architecture("hunyuan-moe", head_norm_last=True, experts=_NORMALIZED),
         Architecture("hunyuan_vl", head_norm_last=True),
         Architecture("internlm2", **_PAIRED),
-        Architecture("jais", **_LAYER_NORM, rotary="none", alibi=True),
+        Architecture("jais", **_LAYER_NORM, rotary="none", alibi=True, attention_scale="inverse"),
         Architecture("jais2", **_LAYER_NORM, activation="relu_squared"),
-        Architecture("llada", **_PAIRED, causal=False),
+        Architecture("llada", **_PAIRED, causal=False, unused=(*_BIASES, "rope_freqs.weight")),
         Architecture("llada-moe", causal=False),
         Architecture("llama", **_PAIRED, experts=_NORMALIZED),
-        Architecture("maincoder"),
+        Architecture("maincoder", rotary="interleaved", head_norm_last=True),
         Architecture("mellum", experts=_NORMALIZED),
         Architecture(
             "minicpm",
@@ -207,6 +235,7 @@ ARCHITECTURES = {
             head_norm="layer",
             learned_positions=True,
             activation="gelu",
+            unused=("attn_k_norm.weight",),
         ),
         Architecture("nanbeige", **_PAIRED),
         Architecture("nemotron", **_LAYER_NORM, activation="relu_squared"),
@@ -215,8 +244,10 @@ ARCHITECTURES = {
         Architecture("olmoe"),
         Architecture("openelm"),
         Architecture("orion", **_LAYER_NORM),
-        Architecture("paddleocr", **_PAIRED),
-        Architecture("pangu-embedded"),
+        Architecture(
+            "paddleocr",
+        ),
+        Architecture("pangu-embedded", unused=("rope_freqs.weight",)),
         Architecture("phi2", **_LAYER_NORM, parallel=True, feed_forward_norm=(), activation="gelu"),
         Architecture("phi3"),
         Architecture("phimoe", **_LAYER_NORM, experts=_NORMALIZED),
@@ -229,7 +260,7 @@ ARCHITECTURES = {
         Architecture("qwen3moe", experts=_NORMALIZED),
         Architecture("qwen3vl"),
         Architecture("qwen3vlmoe", experts=_NORMALIZED),
-        Architecture("refact", rotary="none", alibi=True),
+        Architecture("refact", rotary="none", alibi=True, unused=_BIASES),
         Architecture("rnd1", causal=False, experts=_NORMALIZED),
         Architecture("seed_oss", **_SECOND_NORM_BY_PLACE),
         Architecture("smollm3", **_PAIRED, unrotated=4),

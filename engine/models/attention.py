@@ -9,6 +9,7 @@ from trichord.models.config import LayerConfig, ModelConfig
 from trichord.models.linear import TensorSource, project
 from trichord.models.norm import Norm
 from trichord.models.step import Step
+from trichord.rotary import rotated
 
 
 class Attention:
@@ -31,16 +32,16 @@ class Attention:
         mixed = layer.heads * layer.value_size
         self.output_gate = source.linear("attn_gate", mixed, config.hidden_size) if source.has("attn_gate") else None
         self.output = source.linear("attn_output", config.hidden_size, mixed)
-        sizes = (
-            (name, heads, layer.head_size)
-            for name, heads in (("attn_q_norm", layer.heads), ("attn_k_norm", layer.kv_heads))
-        )
-        self.head_norms = [Norm.of_heads(source, *size, config) for size in sizes]
+        self.head_norms = [
+            Norm.of_heads(source, "attn_q_norm", layer.heads, layer.head_size, config),
+            Norm.of_heads(source, "attn_k_norm", layer.kv_heads, layer.head_size, config),
+        ]
         self.sinks = source.optional_vector("attn_sinks.weight", layer.heads)
         self.slopes = (
             alibi_slopes(layer.heads, config.alibi_bias).to(source.place.device) if config.alibi_bias else None
         )
-        self.scale = config.attention_scale or layer.head_size**-0.5
+        power = -1.0 if architecture.attention_scale == "inverse" else -0.5
+        self.scale = config.attention_scale or layer.head_size**power
         self.cache = KeyValueSpec(layer.kv_heads, layer.head_size, layer.value_size)
 
     def forward(self, x: torch.Tensor, step: Step, cache: KeyValueCache) -> torch.Tensor:
@@ -61,10 +62,12 @@ class Attention:
             q, gate = q.contiguous(), gate.reshape(len(x), -1)
         k = k.view(len(x), layer.kv_heads, -1)
         v = v.view(len(x), layer.kv_heads, -1)
-        if not architecture.head_norm_last:
-            q, k = self._normalized(q, k)
         cos, sin = step.angles(layer.rotary)
         interleaved = architecture.rotary == "interleaved"
+        if architecture.head_norm_last:  # too rare for an operation of its own
+            q, k = (rotated(y, cos, sin, interleaved) for y in (q, k))
+            cos, sin = step.angles(None)
+        q, k = (norm.of_rows(y) if norm else y for y, norm in zip((q, k), self.head_norms, strict=True))
         self.operations.rotary_and_cache(q, k, v, cos, sin, cache.keys, cache.values, batch.slots, interleaved)
         mixed = self.operations.attention(
             q,
@@ -86,10 +89,6 @@ class Attention:
         if gate is not None:
             mixed *= gate.sigmoid_()
         return project(mixed, [self.output], step.precision)[0]
-
-    def _normalized(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        q, k = (norm.of_rows(y) if norm else y for y, norm in zip((q, k), self.head_norms, strict=True))
-        return q, k
 
 
 def alibi_slopes(heads: int, largest_bias: float) -> torch.Tensor:

@@ -72,6 +72,9 @@ class Metadata:
     def __init__(self, file: GGUFFile) -> None:
         self.file = file
         self.architecture = find_architecture(file.require("general.architecture", str))
+        for refinement in self.architecture.refined:
+            if self._has(refinement.key, refinement.value):
+                self.architecture = replace(self.architecture, **refinement.changes)
 
     def key(self, name: str) -> str:
         """The whole key of a name."""
@@ -120,6 +123,12 @@ class Metadata:
             self.fail(f"{self.key(name)} holds {min(numbers)} to {max(numbers)}")
         return numbers
 
+    def _has(self, name: str, value: int | None) -> bool:
+        found = self.file.metadata.get(self.key(name), 0)
+        if hasattr(found, "__len__"):
+            return bool(len(found)) and value is None and any(found)
+        return bool(found) if value is None else found == value
+
     def fail(self, what: str) -> int:
         """Raises ModelError."""
         raise ModelError(f"{self.file.path.name}: {what}.")
@@ -150,7 +159,7 @@ class _Config:
             layers=self.layers(layers),
             experts=self.experts(),
             parallel=self.parallel(),
-            attention_scale=metadata.real("attention.scale") if architecture.scale_in_metadata else 0.0,
+            attention_scale=metadata.real("attention.scale") if architecture.attention_scale == "metadata" else 0.0,
             attention_soft_cap=metadata.real("attn_logit_softcapping", 50.0) if architecture.soft_caps else 0.0,
             query_key_clamp=metadata.real("attention.clamp_kqv") if architecture.clamped else 0.0,
             alibi_bias=metadata.real("attention.max_alibi_bias", 8.0) if architecture.alibi else 0.0,
@@ -161,9 +170,13 @@ class _Config:
         )
 
     def epsilon(self) -> float:
-        kind = "layer_norm_epsilon" if self.architecture.norm == "layer" else "layer_norm_rms_epsilon"
-        epsilon = self.metadata.file.require(self.metadata.key(f"attention.{kind}"), float)
-        if not 0 < epsilon < 1:
+        keys = [self.metadata.key(f"attention.layer_norm_{kind}") for kind in ("rms_epsilon", "epsilon")]
+        if self.architecture.norm == "layer":
+            keys.reverse()
+        epsilon = self.metadata.file.get(keys[0], float, 0.0) or self.metadata.file.get(keys[1], float, 0.0)
+        if not any(key in self.metadata.file.metadata for key in keys):
+            self.metadata.file.require(keys[0], float)
+        if not 0 <= epsilon < 1:
             self.metadata.fail(f"a norm epsilon of {epsilon} makes no sense")
         return epsilon
 
@@ -188,9 +201,11 @@ class _Config:
         """The window of each layer. The metadata's pattern is a period or a flag for each layer."""
         size = self.metadata.number("attention.sliding_window") if self.architecture.window_every else 0
         key = self.metadata.key("attention.sliding_window_pattern")
-        every: object = self.metadata.file.metadata.get(key, self.architecture.window_every)
+        every = self.metadata.file.metadata.get(key, self.architecture.window_every)
         if hasattr(every, "__len__") and not isinstance(every, str):
             return [size * bool(flag) for flag in self.metadata.per_layer("attention.sliding_window_pattern", layers)]
+        if every == 0:
+            return [0] * layers
         every = self.metadata.number("attention.sliding_window_pattern", self.architecture.window_every)
         return (
             [size if every == 1 or index % every < every - 1 else 0 for index in range(layers)]
@@ -214,7 +229,7 @@ class _Config:
         if self.architecture.rotary == "none":
             return False
         if unrotated == "full_attention":
-            return bool(window)
+            return bool(window) or not any(self.windows(index + 1))
         return unrotated == "never" or bool((index + 1) % unrotated)
 
     def rotary(self, head_size: int, suffix: str) -> RotaryConfig | None:

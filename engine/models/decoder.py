@@ -8,6 +8,7 @@ to the layer's device where it has to.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -23,7 +24,6 @@ from trichord.models.linear import Linear, TensorSource, project
 from trichord.models.norm import Norm
 from trichord.models.step import Step
 from trichord.rotary import Rotary, RotaryConfig
-from trichord.weights import load_vector
 
 
 class Decoder:
@@ -49,14 +49,14 @@ class Decoder:
             self.weight_bytes += nbytes
             loaded(nbytes)
 
-        source = TensorSource(file, outer, arrived)
+        source = TensorSource(file, outer, arrived, config.architecture.unused)
         self.vocabulary = _vocabulary(file)
         self.embedding = source.weight("token_embd", self.vocabulary, config.hidden_size)
         learned = source.has("position_embd") and config.architecture.learned_positions
         self.positions = source.weight("position_embd", *source.shape("position_embd")) if learned else None
         self.embedding_norm = Norm.of(source, config.architecture.embedding_norm, config)
         self.layers = [
-            DecoderLayer(TensorSource(file, place, arrived, f"blk.{index}."), config, layer)
+            DecoderLayer(replace(source, place=place, prefix=f"blk.{index}."), config, layer)
             for index, (place, layer) in enumerate(zip(places, config.layers, strict=True))
         ]
         self.has_states = any(isinstance(spec, StateSpec) for layer in self.layers for spec in layer.caches)
@@ -66,7 +66,7 @@ class Decoder:
         else:
             self.output = Linear(self.embedding, source.optional_vector("output.bias", self.vocabulary))
         self.rotaries = {
-            layer.rotary: Rotary(layer.rotary, _rotary_divisors(file, config, layer.rotary))
+            layer.rotary: Rotary(layer.rotary, _rotary_divisors(source, config, layer.rotary))
             for layer in config.layers
             if layer.rotary
         }
@@ -138,16 +138,9 @@ def _vocabulary(file: GGUFFile) -> int:
     return info.shape[0]
 
 
-def _rotary_divisors(file: GGUFFile, config: ModelConfig, rotary: RotaryConfig) -> torch.Tensor | None:
+def _rotary_divisors(source: TensorSource, config: ModelConfig, rotary: RotaryConfig) -> torch.Tensor | None:
     """The factors that stretch each frequency: one tensor (Llama 3.1), or one for long contexts and one for short."""
     long = config.context_length > rotary.original_context
-    for name in ("rope_freqs.weight", f"rope_factors_{'long' if long else 'short'}.weight"):
-        if name in file.tensors:
-            divisors = load_vector(file, name)
-            if divisors.shape != (rotary.dimensions // 2,):
-                raise ModelError(
-                    f"{file.path.name}: tensor {name!r} has shape {tuple(divisors.shape)} "
-                    f"where {rotary.dimensions // 2} pairs turn."
-                )
-            return divisors
-    return None
+    names = ("rope_freqs", f"rope_factors_{'long' if long else 'short'}")
+    name = next((name for name in names if source.has(name)), None)
+    return name and source.vector(f"{name}.weight", rotary.dimensions // 2)

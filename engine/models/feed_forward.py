@@ -28,19 +28,18 @@ class FeedForward:
             raise source.fail(f"{source.prefix}ffn_up{suffix} has {rows} rows, ffn_down{suffix} {down[-1]} columns")
         self.inputs = [source.linear(f"ffn_{side}{suffix}", rows, config.hidden_size) for side in sides]
         self.gated_width = down[-1] if rows == 2 * down[-1] else 0
-        self.sharing = (
-            source.linear(f"ffn_gate_inp{suffix}", 1, config.hidden_size)
-            if suffix and source.has(f"ffn_gate_inp{suffix}")
-            else None
-        )
+        # How much the shared experts count is a number a token.
+        self.share = source.optional_vector("ffn_gate_inp_shexp.weight", config.hidden_size) if suffix else None
+        divisors = source.optional_vector("ffn.act.scales", down[-1])
+        self.factors = None if divisors is None else divisors.reciprocal()
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         """x (T, hidden) -> (T, hidden)."""
         y = activated(self.operations, project(x, self.inputs, step.precision), self.gated_width, self.activation)
+        if self.factors is not None:
+            y *= self.factors
         (y,) = project(y, [self.output], step.precision)
-        if self.sharing:
-            y *= project(x, [self.sharing], step.precision)[0].sigmoid_()
-        return y
+        return y if self.share is None else y.mul_((x @ self.share).sigmoid_()[:, None])
 
 
 class Experts:

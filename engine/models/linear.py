@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -44,21 +44,22 @@ def project_experts(
 class TensorSource:
     """Loads the tensors below `prefix` to one device, checking each against the shape that is expected of it.
 
-    `loaded` is told the bytes of every weight.
+    `loaded` is told the bytes of every weight. Optional tensors among `unused` count as missing.
     """
 
     file: GGUFFile
     place: Place
     loaded: Callable[[int], None]
+    unused: tuple[str, ...] = ()
     prefix: str = ""
 
     def within(self, prefix: str) -> TensorSource:
         """The tensors below a further prefix."""
-        return TensorSource(self.file, self.place, self.loaded, f"{self.prefix}{prefix}")
+        return replace(self, prefix=f"{self.prefix}{prefix}")
 
     def has(self, name: str) -> bool:
         """Whether the file has `name.weight`."""
-        return f"{self.prefix}{name}.weight" in self.file.tensors
+        return f"{name}.weight" not in self.unused and f"{self.prefix}{name}.weight" in self.file.tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of `name.weight`. Raises ModelError when it is missing."""
@@ -67,8 +68,7 @@ class TensorSource:
     def linear(self, name: str, *shape: int) -> Linear:
         """`name.weight` of this shape (out features, in features), and `name.bias` where there is one."""
         weight = self.weight(name, *shape)
-        bias = f"{name}.bias"
-        return Linear(weight, self.vector(bias, *shape[:-1]) if self.prefix + bias in self.file.tensors else None)
+        return Linear(weight, self.optional_vector(f"{name}.bias", *shape[:-1]))
 
     def weight(self, name: str, *shape: int) -> Weight:
         """`name.weight`."""
@@ -85,7 +85,8 @@ class TensorSource:
 
     def optional_vector(self, name: str, *shape: int) -> torch.Tensor | None:
         """The same, or None where the file has none."""
-        return self.vector(name, *shape) if self.prefix + name in self.file.tensors else None
+        unused = name in self.unused or self.prefix + name not in self.file.tensors
+        return None if unused else self.vector(name, *shape)
 
     def fail(self, what: str) -> ModelError:
         """The error to raise about this file."""
