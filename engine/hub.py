@@ -35,9 +35,9 @@ class _Name(NamedTuple):
     tag: str | None
 
 
-def is_hub_name(text: str) -> bool:
-    """Whether this names a model on huggingface.co, such as "owner/repo:Q4_K_M"."""
-    return _parse(text) is not None
+def names_model(text: str) -> bool:
+    """Whether this looks like what `find_model` takes: a path that ends in .gguf or exists, or a name on the hub."""
+    return text.lower().endswith(".gguf") or _exists(text) or _parse(text) is not None
 
 
 def find_model(model: str | os.PathLike[str]) -> Path:
@@ -46,16 +46,11 @@ def find_model(model: str | os.PathLike[str]) -> Path:
     Raises GGUFError when there is no such file or repository or the download fails, RequestError when the name does not
     say which of a repository's files it means.
     """
-    path = Path(model)
-    name = _parse(os.fspath(model)) if isinstance(model, str) else None
-    try:
-        exists = path.exists()
-    except (OSError, ValueError):  # a name too long, a null character
-        exists = False
-    if exists:
-        return path
+    if _exists(model):
+        return Path(model)
+    name = _parse(model) if isinstance(model, str) else None
     if name is None:
-        raise GGUFError(f"{path}: there is no such file")
+        raise GGUFError(f"{model}: there is no such file")
     return _fetch(name)
 
 
@@ -80,6 +75,13 @@ def choose(files: Iterable[str], tag: str | None, where: str) -> list[str]:
             several = "several models"
         raise RequestError(f"{where} has {several}: put one of these after a colon: {_listed(found or models)}.")
     return _complete(models[found[0]], where)
+
+
+def _exists(path: str | os.PathLike[str]) -> bool:
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):  # a name too long, a null character
+        return False
 
 
 def _parse(text: str) -> _Name | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from trichord.commands import options as shared
 from trichord.errors import RequestError
+from trichord.gguf_file import GGUFFile
 from trichord.hub import find_model
 from trichord.perplexity import DEFAULT_CONTEXT, Estimate, estimates, text_chunks
 from trichord.progress import progress_bar
@@ -35,8 +36,13 @@ def run(options: argparse.Namespace) -> int:
         raise RequestError(f"--chunks must be at least 1, not {options.chunks}.")
     model = str(find_model(options.model))
     text = _read(options.file)
-    llm = shared.load_model(options, model, options.context)
-    context = options.context or min(DEFAULT_CONTEXT, llm.context_length)
+    context = options.context
+    if context is None:
+        from trichord.models.config import ModelConfig
+
+        with GGUFFile(model) as file:
+            context = min(DEFAULT_CONTEXT, ModelConfig.from_gguf(file).context_length)
+    llm = shared.load_model(options, model, context)
     chunks = text_chunks(llm, text, context)[: options.chunks]
     started = time.perf_counter()
     on_terminal = sys.stderr.isatty()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from trichord.commands import options as shared
 from trichord.errors import RequestError
-from trichord.hub import find_model, is_hub_name
+from trichord.hub import find_model, names_model
 from trichord.terminal import printable, rate
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
 def _model_and_prompt(options: argparse.Namespace) -> tuple[str | None, str]:
     words = list(options.words)
     # A single word is the model when it looks like one: prompts are seldom files.
-    model = words.pop(0) if len(words) > 1 or (words and _is_model(words[0])) else None
+    model = words.pop(0) if len(words) > 1 or (words and names_model(words[0])) else None
     if len(words) > 1:
         raise RequestError("One model and one prompt are expected: put quotes around a prompt of several words.")
     if words and options.file:
@@ -74,10 +74,6 @@ def _model_and_prompt(options: argparse.Namespace) -> tuple[str | None, str]:
     if not prompt:
         raise RequestError("The prompt is empty: give it as an argument, with --file or on standard input.")
     return model, prompt
-
-
-def _is_model(word: str) -> bool:
-    return word.lower().endswith(".gguf") or Path(word).exists() or is_hub_name(word)
 
 
 def _read_prompt(file: Path | None) -> str:
