@@ -18,18 +18,15 @@ def activate(gate: torch.Tensor, up: torch.Tensor | None, activation: str) -> to
     """
     if not have_numba():
         return _activate(gate, up, activation)
-    from trichord.cpu_fallback import token_kernels
+    from trichord.cpu_fallback.token_kernels import activation_kernel
 
-    output = torch.empty(gate.shape, dtype=torch.float32)
-    width = gate.shape[-1]
-    gates, ups = (None if tensor is None else tensor.reshape(-1, width) for tensor in (gate, up))
-    kernel = token_kernels.activate(activation)
-    kernel(len(gates), width, *_place(gates), *_place(ups), output.data_ptr(), width)
+    output, width = torch.empty_like(gate, memory_format=torch.contiguous_format), gate.shape[-1]
+    if gate.ndim != 2:
+        gate, up = (None if tensor is None else tensor.reshape(-1, width) for tensor in (gate, up))
+    up_place = (0, 0) if up is None else (up.data_ptr(), up.stride(0))
+    places = gate.data_ptr(), gate.stride(0), *up_place, output.data_ptr()
+    activation_kernel(activation)(len(gate), width, *places, width)
     return output
-
-
-def _place(rows: torch.Tensor | None) -> tuple[int, int]:
-    return (0, 0) if rows is None else (rows.data_ptr(), rows.stride(0))
 
 
 def _activate(gate: torch.Tensor, up: torch.Tensor | None, activation: str) -> torch.Tensor:

@@ -28,7 +28,7 @@ def norm(
         return _norm(residual, gain, epsilon, delta, bias, centered)
     from trichord.cpu_fallback.token_kernels import normalize
 
-    output = torch.empty(residual.shape, dtype=torch.float32)
+    output = torch.empty_like(residual, memory_format=torch.contiguous_format)
     *leading, width = residual.shape
     heads = leading[1] if len(leading) == 2 else 1
     tensors = *_place(residual), *_place(delta), *_lines(gain), *_lines(bias), output.data_ptr()

@@ -231,7 +231,7 @@ ACTIVATIONS = {
 
 
 @functools.cache
-def activate(name: str) -> Kernel:
+def activation_kernel(name: str) -> Kernel:
     """The kernel of an activation."""
     parts = {"activation": ACTIVATIONS[name], "factor": _clipped_factor if name == "swiglu_oai" else _factor}
     return Kernel(compiled(_copy(_activate, f"activate_{name}", **parts)), _ACTIVATION)

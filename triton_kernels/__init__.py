@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 from trichord.triton_kernels.activation import activate
 from trichord.triton_kernels.attention import attention
+from trichord.triton_kernels.convolution import short_convolution
 from trichord.triton_kernels.formats import FORMATS
-from trichord.triton_kernels.matmul import matmul
+from trichord.triton_kernels.matmul import expert_matmul, matmul
 from trichord.triton_kernels.norm import norm
 from trichord.triton_kernels.rotary import rotary_and_cache
 from trichord.triton_kernels.rows import dequantize, embedding
+from trichord.triton_kernels.scan import delta_scan, state_scan
 from trichord.weight_format import Layout, WeightFormat
 
 if TYPE_CHECKING:
@@ -39,11 +41,15 @@ __all__ = [
     "LAYOUT",
     "activate",
     "attention",
+    "delta_scan",
     "dequantize",
     "embedding",
+    "expert_matmul",
     "matmul",
     "norm",
     "pack",
     "rotary_and_cache",
+    "short_convolution",
+    "state_scan",
     "unpack",
 ]

@@ -7,10 +7,12 @@ import triton
 import triton.language as tl
 
 from trichord.triton_kernels.activations import Activations
-from trichord.triton_kernels.formats import Format
+from trichord.triton_kernels.experts import Pairs
+from trichord.triton_kernels.formats import FORMATS
 from trichord.triton_kernels.launch import launches
 from trichord.triton_kernels.primitives import half_dot
 from trichord.triton_kernels.tile import decode_tile, fragment_order
+from trichord.weight_format import Weight
 
 
 @triton.jit
@@ -19,11 +21,14 @@ def gemm_kernel(
     x,
     scales,
     y,
+    order,
+    tiles,
     rows,
     columns,
     tokens,
     stride,
     FORMAT: tl.constexpr,
+    SHARING: tl.constexpr,
     EXACT: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -35,13 +40,29 @@ def gemm_kernel(
     The weights are the first operand, so that they go from the registers where they were decoded into the product.
     EXACT multiplies float32 x in float32; otherwise x is float16 in fragment order and each of its rows has a scale.
     WHOLE says that BLOCK_COLUMNS divides the columns. Rows and tokens past the end read the last one instead.
+    With SHARING, y (pairs, rows) is a row of x times the matrix of its expert for each pair; SHARING adjacent pairs
+    share the row. `order` holds the pairs by expert and `tiles` which of them a tile covers: see `experts.sort_kernel`.
     """
     SIZE: tl.constexpr = FORMAT.group_size
     groups = tl.cdiv(columns, SIZE)
     index = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row = tl.minimum(index, rows - 1).to(tl.int64)
-    token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    x += (tl.minimum(token, tokens - 1).to(tl.int64) * stride)[None, :]
+    if SHARING:
+        tile = tiles + tl.program_id(0) * 3
+        first = tl.load(tile + 1)
+        end = tl.load(tile + 2)
+        if first >= end:
+            return
+        row += tl.load(tile).to(tl.int64) * rows
+        position = first + tl.arange(0, BLOCK_TOKENS)
+        valid = position < end
+        result = tl.load(order + tl.minimum(position, end - 1))
+        token = result // SHARING
+    else:
+        result = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+        valid = result < tokens
+        token = tl.minimum(result, tokens - 1)
+    x += (token.to(tl.int64) * stride)[None, :]
     column = tl.arange(0, BLOCK_COLUMNS)
     accumulator = tl.zeros((BLOCK_ROWS, BLOCK_TOKENS), tl.float32)
     for start in range(0, columns, BLOCK_COLUMNS):
@@ -61,27 +82,40 @@ def gemm_kernel(
         else:
             accumulator = half_dot(fragment_order(weights.to(tl.float16)), values, accumulator)
     if not EXACT:
-        accumulator *= tl.load(scales + token, mask=token < tokens, other=0.0)[None, :]
-    target = y + (token.to(tl.int64) * rows)[None, :] + index[:, None]
-    tl.store(target, accumulator, mask=(token < tokens)[None, :] & (index < rows)[:, None])
+        accumulator *= tl.load(scales + token)[None, :]
+    target = y + (result.to(tl.int64) * rows)[None, :] + index[:, None]
+    tl.store(target, accumulator, mask=valid[None, :] & (index < rows)[:, None])
 
 
-def gemm(activations: Activations, format: Format, data: torch.Tensor, rows: int, exact: bool) -> torch.Tensor:
-    """x (T, K) times the transposed weight (rows, K) -> (T, rows) float32, in float32 or from float16 operands."""
-    tokens, columns = activations.tokens, activations.columns
-    y = activations.x.new_empty((tokens, rows))
-    tile = launches().gemm_tile(tokens, exact)
+def gemm(activations: Activations, weight: Weight, exact: bool, pairs: Pairs | None = None) -> torch.Tensor:
+    """x (T, K) times the transposed weight (N, K) -> (T, N) float32, in float32 or from float16 operands.
+
+    With `pairs`, each of them is a row of x times the matrix of its expert in a weight (X, N, K) -> (pairs, N).
+    """
+    format, rows, columns = FORMATS[weight.format], weight.out_features, activations.columns
+    if pairs is None:
+        tile = launches().gemm_tile(activations.tokens, exact)
+        results, tiles = activations.tokens, triton.cdiv(activations.tokens, tile.tokens)
+        order = table = None
+    else:
+        tile = launches().gemm_tile(pairs.of_an_expert, exact)
+        order, table = pairs.tiles(tile.tokens)
+        results, tiles = pairs.count, len(table)
+    y = activations.x.new_empty((results, rows))
     x, scales = (activations.x, activations.x) if exact else activations.halves
-    gemm_kernel[(triton.cdiv(tokens, tile.tokens), triton.cdiv(rows, tile.rows))](
-        format.arguments(data, rows, columns),
+    gemm_kernel[(tiles, triton.cdiv(rows, tile.rows))](
+        format.arguments(weight.data, weight.rows, columns),
         x,
         scales,
         y,
+        order,
+        table,
         rows,
         columns,
-        tokens,
+        activations.tokens,
         x.shape[1],
         FORMAT=format,
+        SHARING=0 if pairs is None else pairs.sharing,
         EXACT=exact,
         WHOLE=columns % tile.columns == 0,
         BLOCK_ROWS=tile.rows,

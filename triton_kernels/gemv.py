@@ -7,9 +7,11 @@ import triton
 import triton.language as tl
 
 from trichord.triton_kernels.activations import Activations
-from trichord.triton_kernels.formats import Format
+from trichord.triton_kernels.experts import Pairs
+from trichord.triton_kernels.formats import FORMATS
 from trichord.triton_kernels.launch import launches
 from trichord.triton_kernels.primitives import dot4
+from trichord.weight_format import Weight
 
 
 @triton.jit
@@ -54,11 +56,13 @@ def gemv_kernel(
     planes,
     activations,
     y,
+    experts,
     rows,
     columns,
     tokens,
     FORMAT: tl.constexpr,
     LIMBS: tl.constexpr,
+    SHARING: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
@@ -66,12 +70,18 @@ def gemv_kernel(
     """y (tokens, rows) = x times the transposed weight, BLOCK_ROWS rows of the weight a program.
 
     `activations` are the limbs, scales and sums of x for an integer format, x itself for a float format. Indices past
-    the end read the last element instead, and what they give is dropped.
+    the end read the last element instead, and what they give is dropped. With SHARING, y (pairs, rows) is a row of x
+    times the matrix of its expert for each of `experts` (pairs,): SHARING adjacent pairs share the row, tokens is 1.
     """
     groups = tl.cdiv(columns, FORMAT.group_size)
     index = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row = tl.minimum(index, rows - 1).to(tl.int64)
     token = tl.minimum(tl.arange(0, TOKENS), tokens - 1)
+    if SHARING:
+        pair = tl.program_id(1)
+        row += tl.load(experts + pair).to(tl.int64) * rows
+        token += pair // SHARING
+        y += pair.to(tl.int64) * rows
     accumulator = tl.zeros((TOKENS, BLOCK_ROWS, BLOCK_GROUPS), tl.float32)
     for start in range(0, groups, BLOCK_GROUPS):
         group = start + tl.arange(0, BLOCK_GROUPS)
@@ -86,24 +96,28 @@ def gemv_kernel(
     tl.store(target, tl.sum(accumulator, axis=2), mask=(token < tokens) & (index < rows)[None, :])
 
 
-def gemv(activations: Activations, format: Format, data: torch.Tensor, rows: int, limbs: int) -> torch.Tensor:
-    """At most FEW_ROWS rows of x (T, K) times the transposed weight (rows, K) -> (T, rows) float32.
+def gemv(activations: Activations, weight: Weight, limbs: int, pairs: Pairs | None = None) -> torch.Tensor:
+    """At most FEW_ROWS rows of x (T, K) times the transposed weight (N, K) -> (T, N) float32.
 
-    An integer format multiplies by `limbs` limbs of activations (see `activations.limb_kernel`), a float format by x.
+    With `pairs`, each of them is a row of x times the matrix of its expert in a weight (X, N, K) -> (pairs, N). An
+    integer format multiplies by `limbs` limbs of activations (see `activations.limb_kernel`), a float format by x.
     """
-    tokens, columns = activations.tokens, activations.columns
-    y = activations.x.new_empty((tokens, rows))
+    format, rows, columns = FORMATS[weight.format], weight.out_features, activations.columns
+    tokens, products = (activations.tokens, 1) if pairs is None else (1, pairs.count)
+    y = activations.x.new_empty((tokens * products, rows))
     padded = triton.next_power_of_2(tokens)
     tile = launches().gemv_tile(padded, format.groups(columns))
-    gemv_kernel[(triton.cdiv(rows, tile.rows),)](
-        format.arguments(data, rows, columns),
+    gemv_kernel[(triton.cdiv(rows, tile.rows), products)](
+        format.arguments(weight.data, weight.rows, columns),
         activations.limbs(limbs) if format.integer else (activations.x,),
         y,
+        None if pairs is None else pairs.experts,
         rows,
         columns,
         tokens,
         FORMAT=format,
         LIMBS=limbs,
+        SHARING=0 if pairs is None else pairs.sharing,
         TOKENS=padded,
         BLOCK_ROWS=tile.rows,
         BLOCK_GROUPS=tile.groups,

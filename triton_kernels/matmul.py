@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from trichord.triton_kernels.activations import Activations
+from trichord.triton_kernels.experts import Pairs
 from trichord.triton_kernels.formats import FORMATS
 from trichord.triton_kernels.gemm import gemm
 from trichord.triton_kernels.gemv import gemv
@@ -28,22 +29,50 @@ def matmul(
     `Weight.scale` is not applied.
     Raises ValueError for shapes, dtypes and formats that do not fit.
     """
-    if x.ndim != 2 or x.dtype != torch.float32 or not x.is_contiguous():
-        raise ValueError(f"activations must be contiguous float32 (T, K), not {x.dtype} of shape {tuple(x.shape)}")
+    if x.ndim != 2:
+        raise ValueError(f"activations must be (T, K), not of shape {tuple(x.shape)}")
     for weight in weights:
-        if len(weight.shape) != 2 or weight.in_features != x.shape[1]:
-            raise ValueError(f"activations of shape {tuple(x.shape)} do not fit a weight of shape {weight.shape}")
-        if weight.format not in FORMATS:
-            raise ValueError(f"no kernel multiplies by weights in {weight.format.name}")
+        _check(x, weight, 2)
     activations = Activations(x)
     return [_product(activations, weight, precision) for weight in weights]
 
 
-def _product(activations: Activations, weight: Weight, precision: str) -> torch.Tensor:
-    format = FORMATS[weight.format]
-    if activations.tokens == 0:
-        return activations.x.new_empty((0, weight.rows))
-    exact = precision == "exact"
-    if activations.tokens <= FEW_ROWS and not (exact and format.integer):
-        return gemv(activations, format, weight.data, weight.rows, _LIMBS.get(precision, 0))
-    return gemm(activations, format, weight.data, weight.rows, exact or format.wide)
+def expert_matmul(
+    x: torch.Tensor,
+    weights: Sequence[Weight],
+    experts: torch.Tensor,
+    precision: Literal["exact", "default", "fast"],
+) -> list[torch.Tensor]:
+    """x (T, K) or (T, E, K) float32, contiguous, experts (T, E) int32 -> [(T, E, N) for each weight (X, N, K)].
+
+    Row t of x, or row e of it, meets the matrix of expert experts[t, e], which must be below X. Precision is that of
+    `matmul`, where few rows are few pairs of a token and an expert. `Weight.scale` is not applied. Nothing waits for
+    the device. Raises ValueError for shapes, dtypes and formats that do not fit.
+    """
+    for weight in weights:
+        _check(x, weight, 3)
+    if x.shape[:-1] not in (experts.shape[:1], experts.shape):
+        raise ValueError(f"activations of shape {tuple(x.shape)} do not fit experts of shape {tuple(experts.shape)}")
+    activations = Activations(x.flatten(0, -2))
+    pairs = Pairs(experts, weights[0].shape[0], experts.shape[1] if x.ndim == 2 else 1)
+    products = [_product(activations, weight, precision, pairs) for weight in weights]
+    return [y.unflatten(0, experts.shape) for y in products]
+
+
+def _check(x: torch.Tensor, weight: Weight, dimensions: int) -> None:
+    if x.dtype != torch.float32 or not x.is_contiguous():
+        raise ValueError(f"activations must be contiguous float32, not {x.dtype} of shape {tuple(x.shape)}")
+    if len(weight.shape) != dimensions or weight.in_features != x.shape[-1]:
+        raise ValueError(f"activations of shape {tuple(x.shape)} do not fit a weight of shape {weight.shape}")
+    if weight.format not in FORMATS:
+        raise ValueError(f"no kernel multiplies by weights in {weight.format.name}")
+
+
+def _product(activations: Activations, weight: Weight, precision: str, pairs: Pairs | None = None) -> torch.Tensor:
+    format, exact = FORMATS[weight.format], precision == "exact"
+    results, few = (activations.tokens, activations.tokens <= FEW_ROWS) if pairs is None else (pairs.count, pairs.few)
+    if results == 0:
+        return activations.x.new_empty((0, weight.out_features))
+    if few and not (exact and format.integer):
+        return gemv(activations, weight, _LIMBS.get(precision, 0), pairs)
+    return gemm(activations, weight, exact or format.wide, pairs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import triton
 import triton.language as tl
 from triton.language.target_info import current_target
@@ -53,44 +55,89 @@ def dot4(a, b, accumulator):
         )
 
 
-# `prmt` takes four bytes of the eight in two words, each by a nibble of the selector whose fourth bit must be zero. So
-# two of them look up the lower and the upper half of the table, and a third takes from the one or the other by the
-# codes' fourth bits. That serves four nibbles; the last two instructions put the bytes of all eight in order.
-_LOOK_UP_PTX = tl.constexpr(
+# `prmt` takes four bytes of the eight in two words, each by a nibble of the selector: three bits of index, and a fourth
+# that takes the byte's sign, eight times over, instead of the byte.
+_OCTETS_PTX = tl.constexpr(
     """{
-        .reg .b32 i, s, a, b, c, d;
-        and.b32 i, $2, 0x77777777; and.b32 s, $2, 0x88888888; shr.u32 s, s, 1; or.b32 s, s, 0x32103210;
-        prmt.b32 a, $3, $4, i; prmt.b32 b, $5, $6, i; prmt.b32 c, a, b, s;
-        shr.u32 i, i, 16; shr.u32 s, s, 16;
-        prmt.b32 a, $3, $4, i; prmt.b32 b, $5, $6, i; prmt.b32 d, a, b, s;
-        prmt.b32 $0, c, d, 0x6420; prmt.b32 $1, c, d, 0x7531;
+        .reg .b32 upper;
+        prmt.b32 $0, $3, $4, $2;
+        shr.u32 upper, $2, 16; prmt.b32 $1, $3, $4, upper;
     }"""
 )
 
 
 @triton.jit
-def look_up(codes, TABLE: tl.constexpr):
-    """The bytes of TABLE, 16 in four words, that the low and the high nibble of each byte of int32 codes index."""
+def look_up_8(codes, TABLE: tl.constexpr):
+    """The bytes of TABLE, 8 in two words, that the nibbles of int32 codes index: the lower four's, the upper four's.
+
+    The fourth bit of each nibble must be zero.
+    """
     if _architecture() == "cuda":
         return tl.inline_asm_elementwise(
-            _LOOK_UP_PTX,
-            "=r,=r,r,r,r,r,r",
-            [codes, TABLE[0], TABLE[1], TABLE[2], TABLE[3]],
+            _OCTETS_PTX, "=&r,=r,r,r,r", [codes, TABLE[0], TABLE[1]], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+        )
+    else:
+        low = _byte_permute(TABLE[0], TABLE[1], _spread_nibbles(codes))
+        return low, _byte_permute(TABLE[0], TABLE[1], _spread_nibbles(codes >> 16))
+
+
+# A code below 8 finds its byte in the first half of the table and a sign in the second, any other code the reverse. The
+# halves are such (`_halves`) that byte and sign make the entry by exclusive or.
+_TABLE_PTX = tl.constexpr(
+    """{
+        .reg .b32 other, upper, first, second;
+        xor.b32 other, $2, 0x88888888;
+        prmt.b32 first, $3, $4, $2; prmt.b32 second, $5, $6, other; xor.b32 $0, first, second;
+        shr.u32 upper, $2, 16; shr.u32 other, other, 16;
+        prmt.b32 first, $3, $4, upper; prmt.b32 second, $5, $6, other; xor.b32 $1, first, second;
+    }"""
+)
+
+
+@triton.constexpr_function
+def _halves(table: tuple[int, ...]) -> tuple[int, ...]:
+    """Four words of signed bytes, those 8 apart of one sign -> the words whose bytes and signs combine to them.
+
+    Two bytes that are not negative combine with signs of zero. Of two negative ones the second is inverted: the sign of
+    the first inverts it back, and its own, now zero, leaves the first as it is.
+    """
+    first, second = struct.pack("<2i", *table[:2]), struct.pack("<2i", *table[2:])
+    assert all(a >> 7 == b >> 7 for a, b in zip(first, second, strict=True))
+    return struct.unpack("<4i", first + bytes(b ^ (a >> 7) * 255 for a, b in zip(first, second, strict=True)))
+
+
+@triton.jit
+def look_up_16(codes, TABLE: tl.constexpr):
+    """`look_up_8` with a table of 16 in four words, where bytes 8 apart have one sign."""
+    if _architecture() == "cuda":
+        HALVES: tl.constexpr = _halves(TABLE)
+        return tl.inline_asm_elementwise(
+            _TABLE_PTX,
+            "=&r,=r,r,r,r,r,r",
+            [codes, HALVES[0], HALVES[1], HALVES[2], HALVES[3]],
             dtype=(tl.int32, tl.int32),
             is_pure=True,
             pack=1,
         )
     else:
-        return _look_up_low(codes, TABLE), _look_up_low(codes >> 4, TABLE)
+        return _look_up_spread(_spread_nibbles(codes), TABLE), _look_up_spread(_spread_nibbles(codes >> 16), TABLE)
 
 
 @triton.jit
-def _look_up_low(codes, TABLE: tl.constexpr):
-    """`look_up` for the low nibbles: each half of the table by three bits, then one of the two by the fourth."""
+def _look_up_spread(codes, TABLE: tl.constexpr):
+    """Each half of the table by three bits, then one of the two by the fourth."""
     upper = ((codes >> 3) & 0x01010101) * 255
     first = _byte_permute(TABLE[0], TABLE[1], codes & 0x07070707)
     second = _byte_permute(TABLE[2], TABLE[3], codes & 0x07070707)
     return first ^ ((first ^ second) & upper)
+
+
+@triton.jit
+def _spread_nibbles(codes):
+    """The lower four nibbles, a byte each."""
+    codes &= 0xFFFF
+    codes = (codes | (codes << 8)) & 0x00FF00FF
+    return (codes | (codes << 4)) & 0x0F0F0F0F
 
 
 @triton.jit

@@ -71,8 +71,8 @@ class Architecture:
     """Of so many layers all but the last see a sliding window (1: all do); 0: none. The metadata may say otherwise."""
     window_chunked: bool = False
     """A window does not slide but starts anew at every multiple of its size."""
-    window_base: float = 0.0
-    """Base of the rotation in layers with a window, which is not stretched either; 0: as in the others."""
+    window_base: float | None = None
+    """Layers with a window turn unstretched, by this base if the metadata has none (0: the model's); None: as all."""
     head_norm: Literal["rms", "layer"] = "rms"
     head_norm_last: bool = False
     """Queries and keys are normalised after the rotation."""
@@ -215,7 +215,7 @@ ARCHITECTURES = {
         Architecture("llada-moe", causal=False),
         Architecture("llama", **_PAIRED, experts=_NORMALIZED),
         Architecture("maincoder", rotary="interleaved", head_norm_last=True),
-        Architecture("mellum", experts=_NORMALIZED),
+        Architecture("mellum", experts=_NORMALIZED, window_every=4, window_base=0.0),
         Architecture(
             "minicpm",
             **_PAIRED,
@@ -240,7 +240,7 @@ ARCHITECTURES = {
         Architecture("nanbeige", **_PAIRED),
         Architecture("nemotron", **_LAYER_NORM, activation="relu_squared"),
         Architecture("olmo", **_LAYER_NORM, **_PAIRED, bare_norms=True, clamped=True),
-        Architecture("olmo2", **_ONLY_POST_NORMS, window_every=4),
+        Architecture("olmo2", **_ONLY_POST_NORMS, window_every=4, window_base=0.0),
         Architecture("olmoe"),
         Architecture("openelm"),
         Architecture("orion", **_LAYER_NORM),
@@ -250,12 +250,12 @@ ARCHITECTURES = {
         Architecture("pangu-embedded", unused=("rope_freqs.weight",)),
         Architecture("phi2", **_LAYER_NORM, parallel=True, feed_forward_norm=(), activation="gelu"),
         Architecture("phi3"),
-        Architecture("phimoe", **_LAYER_NORM, experts=_NORMALIZED),
+        Architecture("phimoe", experts=_NORMALIZED),
         Architecture("plamo", parallel=True, feed_forward_norm=()),
         Architecture("qwen"),
         Architecture("qwen2"),
         Architecture("qwen2moe"),
-        Architecture("qwen2vl"),
+        Architecture("qwen2vl", unused=("output.bias",)),
         Architecture("qwen3"),
         Architecture("qwen3moe", experts=_NORMALIZED),
         Architecture("qwen3vl"),

@@ -254,8 +254,8 @@ class _Config:
             beta_fast=metadata.real("rope.scaling.yarn_beta_fast") or 32.0,
             beta_slow=metadata.real("rope.scaling.yarn_beta_slow") or 1.0,
         )
-        if suffix and self.architecture.window_base:
-            base = metadata.real("rope.freq_base_swa", self.architecture.window_base)
+        if suffix and self.architecture.window_base is not None:
+            base = metadata.real("rope.freq_base_swa", self.architecture.window_base or config.base)
             config = replace(config, base=base, scaling="none", factor=1.0)
         return config
 

@@ -36,7 +36,7 @@ class Norm:
 
     @classmethod
     def of_heads(cls, source: TensorSource, name: str, heads: int, size: int, config: ModelConfig) -> Norm | None:
-        """The norm of queries or keys, if the file has one: of each head (one gain, or one a head) or of all together."""
+        """The norm of queries or keys, if the file has one: of each head (one gain, or one a head) or of all."""
         if not source.has(name):
             return None
         shape = source.shape(name)

@@ -1,11 +1,13 @@
-"""Byte-level byte-pair encoding (`tokenizer.ggml.model` "gpt2"): GPT-2, Llama 3, Qwen and most models since.
+"""Byte-pair encoding by a list of merges (`tokenizer.ggml.model` "gpt2"): GPT-2, Llama 3, Qwen and most models since.
 
-A text is cut into words (`pre_tokenizers`), each word's UTF-8 bytes are written as 256 printable characters,
-and neighbours are merged in the order of the file's list of merges, of equal ones the leftmost first.
+A text is cut into words (`pre_tokenizers`), each word's UTF-8 bytes are written as 256 printable characters, and
+neighbours are merged in the order of the file's list of merges, of equal ones the leftmost first. Gemma 4 ("gemma4")
+and a few others merge characters instead of bytes; one that is no token becomes byte tokens, such as `<0xC3>`.
 """
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from itertools import repeat
@@ -37,10 +39,11 @@ _CHARACTER_OF = _byte_characters()
 _BYTE_OF = {character: bytes([byte]) for byte, character in _CHARACTER_OF.items()}
 
 
-class ByteLevelBPE:
+class BytePairEncoding:
     """Encodes text and gives the bytes of normal tokens, by one file's vocabulary and merges.
 
-    A byte that the vocabulary has no token for is left out of the ids, as the models' own tokenizers do.
+    What the vocabulary has no token for, not even for its bytes, is left out of the ids, as the models' own tokenizers
+    do.
     """
 
     adds_eos = adds_space = False
@@ -52,10 +55,11 @@ class ByteLevelBPE:
 
     def __init__(self, vocabulary: Vocabulary, file: GGUFFile) -> None:
         self._pre_tokenizer = _pre_tokenizer(file)
-        self.adds_bos = self._pre_tokenizer.adds_bos
-        self._merger = _merger(vocabulary, _merges(file))
+        self.adds_bos, self.insists_on_bos = self._pre_tokenizer.adds_bos, self._pre_tokenizer.insists_on_bos
+        self._merger = _merger(vocabulary, _merges(file), byte_tokens=not self._pre_tokenizer.byte_level)
         self._marks = frozenset(vocabulary.ids_of(TokenType.CONTROL, TokenType.UNKNOWN).values())
-        self._whole_words = vocabulary.ids if self._pre_tokenizer.whole_words else {}
+        self._ids = vocabulary.ids
+        self._may_be_whole = re.compile(self._pre_tokenizer.whole_words).fullmatch
         self._words = WordCache(self._encode_word)
 
     def encode(self, text: str, after_special: bool) -> list[int]:
@@ -64,18 +68,34 @@ class ByteLevelBPE:
 
     def bytes_of(self, text: str) -> bytes:
         """The bytes that a normal token of this text stands for."""
+        if not self._pre_tokenizer.byte_level:
+            return text.replace(self._pre_tokenizer.space, " ").encode("utf-8", "surrogateescape")
         return b"".join(_BYTE_OF.get(character) or character.encode("utf-8", "surrogateescape") for character in text)
 
     def _encode_word(self, word: str) -> list[int]:
-        characters = word.encode().decode("latin-1").translate(_CHARACTER_OF)
-        whole = self._whole_words.get(characters)
-        if whole is None or whole in self._marks:
-            return [token.id for token in self._merger.tokenize(characters)]
+        if self._pre_tokenizer.byte_level:
+            word = word.encode().decode("latin-1").translate(_CHARACTER_OF)
+        whole = self._ids.get(word)
+        if whole is None or whole in self._marks or not self._may_be_whole(word):
+            return [token.id for token in self._merger.tokenize(word)]
         return [whole]
 
 
+class Whitespace(BytePairEncoding):
+    """The same (`tokenizer.ggml.model` "whitespace"), after putting the text in lower case where the file says so."""
+
+    def __init__(self, vocabulary: Vocabulary, file: GGUFFile) -> None:
+        super().__init__(vocabulary, file)
+        self._lowercase = file.get("tokenizer.ggml.normalizer.lowercase", bool, False)
+
+    def encode(self, text: str, after_special: bool) -> list[int]:
+        """The ids of a piece of text that has no special tokens in it."""
+        return super().encode(text.lower() if self._lowercase else text, after_special)
+
+
 def _pre_tokenizer(file: GGUFFile) -> PreTokenizer:
-    name = file.get("tokenizer.ggml.pre", str, "")
+    model = file.get("tokenizer.ggml.model", str)
+    name = model if model == "gemma4" else file.get("tokenizer.ggml.pre", str, "")
     if name in PRE_TOKENIZERS:
         return PRE_TOKENIZERS[name]
     said = f"names the pre-tokenizer {name!r:.80}, which is not known here" if name else "names no pre-tokenizer"
@@ -99,11 +119,12 @@ def _merges(file: GGUFFile) -> list[tuple[str, str]]:
     return list(zip(parts[::2], parts[1::2], strict=True))
 
 
-def _merger(vocabulary: Vocabulary, merges: list[tuple[str, str]]) -> BPE:
+def _merger(vocabulary: Vocabulary, merges: list[tuple[str, str]], byte_tokens: bool) -> BPE:
     from tokenizers.models import BPE  # here: the import takes longer than that of this whole module
 
     try:
-        return BPE(vocabulary.ids, merges, cache_capacity=0)  # words are kept here, not there too
+        # Words are kept here, not there too.
+        return BPE(vocabulary.ids, merges, cache_capacity=0, byte_fallback=byte_tokens)
     except Exception:  # of no particular class, and said in the library's own terms
         pass
     for left, right in merges:

@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trichord.errors import TokenizerError
+from trichord.tokenizers.byte_tokens import ByteTokens
 from trichord.tokenizers.cache import WordCache
-from trichord.tokenizers.vocabulary import TokenType, Vocabulary
+from trichord.tokenizers.vocabulary import SPACE, TokenType, Vocabulary, required_scores
 
 if TYPE_CHECKING:
     from trichord.gguf_file import GGUFFile
-
-SPACE = "▁"  # U+2581
 
 
 class SentencePiece:
@@ -30,7 +28,8 @@ class SentencePiece:
     Control, unknown and byte tokens never come out of merges, so that no text forges them.
     """
 
-    adds_bos, adds_eos = True, False
+    adds_bos = True
+    adds_eos = insists_on_bos = False
 
     @staticmethod
     def default_ids(file: GGUFFile) -> Mapping[str, int]:
@@ -39,15 +38,12 @@ class SentencePiece:
 
     def __init__(self, vocabulary: Vocabulary, file: GGUFFile) -> None:
         self.adds_space = file.get("tokenizer.ggml.add_space_prefix", bool, True)
-        if vocabulary.scores is None:
-            raise TokenizerError(f"{file.path.name}: metadata key 'tokenizer.ggml.scores' is missing")
         self._ids = vocabulary.ids_of(TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.UNUSED, TokenType.UNDEFINED)
         # Equal scores share a rank, or the leftmost would not win among them.
-        _, ranks = np.unique(-vocabulary.scores, return_inverse=True)
+        _, ranks = np.unique(-required_scores(vocabulary), return_inverse=True)
         self._ranks = {text: int(ranks[token]) for text, token in self._ids.items() if len(text) > 1}
         self._meetings = _Meetings(self._ranks)
-        self._byte_ids = [vocabulary.ids.get(f"<0x{byte:02X}>") for byte in range(256)]
-        self._unknown_id = vocabulary.unk_id
+        self._byte_tokens = ByteTokens(vocabulary)
         self._words = WordCache(self._encode_word)
 
     def encode(self, text: str, after_special: bool) -> list[int]:
@@ -65,17 +61,10 @@ class SentencePiece:
         for piece in _merge(word, self._ranks):
             token = self._ids.get(piece)
             if token is None:
-                ids += self._fall_back(piece)
+                ids += self._byte_tokens.encode(piece)
             else:
                 ids.append(token)
         return ids
-
-    def _fall_back(self, character: str) -> list[int]:
-        ids = [self._byte_ids[byte] for byte in character.encode()]
-        known = [token for token in ids if token is not None]
-        if len(known) == len(ids):
-            return known
-        return [] if self._unknown_id is None else [self._unknown_id]
 
 
 def _merge(word: str, ranks: dict[str, int]) -> Iterator[str]:

@@ -14,10 +14,14 @@ from typing import TYPE_CHECKING, NoReturn, Protocol
 import numpy as np
 
 from trichord.errors import GGUFError, RequestError, TokenizerError
-from trichord.tokenizers.bpe import ByteLevelBPE
+from trichord.tokenizers.bpe import BytePairEncoding, Whitespace
 from trichord.tokenizers.detokenizer import Detokenizer
+from trichord.tokenizers.dna import HybridDNA
+from trichord.tokenizers.plamo2 import PLaMo2
+from trichord.tokenizers.rwkv import RWKV
 from trichord.tokenizers.specials import SpecialTokens, SwallowedSpace
 from trichord.tokenizers.spm import SentencePiece
+from trichord.tokenizers.unigram import Unigram
 from trichord.tokenizers.vocabulary import TokenType, Vocabulary
 from trichord.tokenizers.wordpiece import WordPiece
 
@@ -30,6 +34,8 @@ class TokenizerModel(Protocol):
 
     adds_bos: bool
     """Whether a text begins with the beginning-of-sequence token, where the file does not say."""
+    insists_on_bos: bool
+    """Whether it does so even if the file says no."""
     adds_eos: bool
     """Whether it ends with the end-of-sequence token, likewise."""
     adds_space: bool
@@ -49,7 +55,17 @@ class TokenizerModel(Protocol):
         """The bytes that a normal token of this text stands for."""
 
 
-_MODELS: dict[str, type[TokenizerModel]] = {"llama": SentencePiece, "gpt2": ByteLevelBPE, "bert": WordPiece}
+_MODELS: dict[str, type[TokenizerModel]] = {
+    "llama": SentencePiece,
+    "gpt2": BytePairEncoding,
+    "gemma4": BytePairEncoding,
+    "whitespace": Whitespace,
+    "hybriddna": HybridDNA,
+    "t5": Unigram,
+    "plamo2": PLaMo2,
+    "rwkv": RWKV,
+    "bert": WordPiece,
+}
 _NO_VOCABULARY = ("no_vocab", "none", "test")
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -78,7 +94,8 @@ class Tokenizer:
         self.bos_id = vocabulary.bos_id
         self.eos_id = vocabulary.eos_id
         self.stop_ids = vocabulary.stop_ids
-        self._before = _added("bos", vocabulary.add_bos, model.adds_bos, self.bos_id, vocabulary.file_name)
+        add_bos = None if model.insists_on_bos else vocabulary.add_bos
+        self._before = _added("bos", add_bos, model.adds_bos, self.bos_id, vocabulary.file_name)
         self._after = _added("eos", vocabulary.add_eos, model.adds_eos, self.eos_id, vocabulary.file_name)
         self._invisible = frozenset(np.flatnonzero(np.isin(vocabulary.types, _INVISIBLE)).tolist())
         self._bytes: dict[int, bytes] = {}

@@ -19,6 +19,7 @@ from trichord.errors import TokenizerError
 if TYPE_CHECKING:
     from trichord.gguf_file import GGUFFile
 
+SPACE = "▁"  # U+2581: how SentencePiece and its heirs write a space in a token
 _NO_ID = 0xFFFFFFFF  # converters write -1 as uint32 where a model has no such token
 
 
@@ -135,6 +136,13 @@ def number_array(file: GGUFFile, key: str, count: int) -> np.ndarray | None:
             f"{file.path.name}: metadata key {key!r} has {len(values)} entries for a vocabulary of {count} tokens"
         )
     return values
+
+
+def required_scores(vocabulary: Vocabulary) -> np.ndarray:
+    """The tokens' scores. Raises TokenizerError where the file has none."""
+    if vocabulary.scores is None:
+        raise TokenizerError(f"{vocabulary.file_name}: metadata key 'tokenizer.ggml.scores' is missing")
+    return vocabulary.scores
 
 
 def _types(file: GGUFFile, count: int) -> np.ndarray:

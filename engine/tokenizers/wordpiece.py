@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING
 
 from trichord.tokenizers.cache import WordCache
 from trichord.tokenizers.longest_match import LongestMatch
-from trichord.tokenizers.vocabulary import TokenType, Vocabulary
+from trichord.tokenizers.vocabulary import SPACE, TokenType, Vocabulary
 
 if TYPE_CHECKING:
     from trichord.gguf_file import GGUFFile
-
-WORD_START = "▁"  # U+2581
 
 # What counts as Chinese to BERT, the odd 2B920 included:
 # https://github.com/huggingface/tokenizers/blob/main/tokenizers/src/normalizers/bert.rs
@@ -32,6 +30,7 @@ class WordPiece:
     """Encodes text and gives the bytes of normal tokens, by one file's vocabulary."""
 
     adds_bos = adds_eos = adds_space = True
+    insists_on_bos = False
 
     @staticmethod
     def default_ids(file: GGUFFile) -> Mapping[str, int]:
@@ -56,10 +55,10 @@ class WordPiece:
 
     def bytes_of(self, text: str) -> bytes:
         """The bytes that a normal token of this text stands for."""
-        return text.replace(WORD_START, " ").encode("utf-8", "surrogateescape")
+        return text.replace(SPACE, " ").encode("utf-8", "surrogateescape")
 
     def _encode_word(self, word: str) -> list[int]:
-        text = WORD_START + word
+        text = SPACE + word
         ids: list[int] = []
         start = 0
         while start < len(text):

@@ -65,7 +65,7 @@ class Batch:
         return normal(len(self.lengths) + 2, *shape, seed=9)
 
 
-LENGTHS = (1,), (5,), (1, 1, 1), (3, 1, 9, 2)
+LENGTHS = (1, 1), (5,), (3, 1, 7)
 batches = pytest.mark.parametrize("batch", [pytest.param(Batch(x), id="-".join(map(str, x))) for x in LENGTHS])
 
 
@@ -159,7 +159,7 @@ def state_oracle(state, x, step_sizes, rates, b, c) -> np.ndarray:
     [
         pytest.param(70, 1, 1, 16, 16, id="mamba"),
         pytest.param(6, 20, 2, 24, 1, id="mamba2"),
-        pytest.param(2, 64, 1, 128, 1, id="wide"),
+        pytest.param(2, 8, 1, 128, 1, id="wide"),
         pytest.param(3, 5, 3, 7, 7, id="odd"),
     ],
 )
@@ -194,9 +194,9 @@ def delta_oracle(state, q, k, v, decay, beta, tiled) -> np.ndarray:
 @pytest.mark.parametrize(
     "heads, groups, rows, columns, decays, delta, tiled",
     [
-        pytest.param(6, 2, 32, 40, 1, True, False, id="gated"),
-        pytest.param(6, 2, 32, 40, 1, True, True, id="tiled"),
-        pytest.param(2, 2, 128, 128, 128, True, False, id="channels"),
+        pytest.param(4, 2, 32, 40, 1, True, False, id="gated"),
+        pytest.param(4, 2, 32, 40, 1, True, True, id="tiled"),
+        pytest.param(2, 2, 48, 24, 48, True, False, id="channels"),
         pytest.param(4, 4, 24, 8, 1, False, False, id="lightning"),
         pytest.param(3, 1, 7, 5, 7, False, False, id="odd"),
     ],

@@ -8,14 +8,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import tokenizers
 from support import parity
-from tokenizers import Regex, models, normalizers, pre_tokenizers
+from tokenizers import models, normalizers, pre_tokenizers
+from vocabulary_files import BYTE, CONTROL, NORMAL, SPM_TOKENS, UNUSED, USER_DEFINED, bpe_tokens, random_text
 
 from trichord.errors import RequestError, TokenizerError
 from trichord.gguf_file import GGUFFile
@@ -25,7 +24,6 @@ from trichord.tokenizers.cache import WordCache
 from trichord.tokenizers.pre_tokenizers import PRE_TOKENIZERS
 from trichord.tokenizers.specials import SpecialTokens
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 VOCABULARIES = ["llama-spm", "phi-3", "gpt-2", "llama-bpe", "falcon", "mpt", "starcoder", "qwen2", "deepseek-coder"]
 WORDPIECE = "bert-bge"  # loses case and white space
 
@@ -39,52 +37,6 @@ def golden(name: str) -> list[tuple[str, list[int]]]:
     texts = parity(f"tokenizers/ggml-vocab-{name}.gguf.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
     lines = parity(f"tokenizers/ggml-vocab-{name}.gguf.out").read_text().split("\n")
     return [(text, [int(number) for number in line.split()]) for text, line in zip(texts, lines, strict=True)]
-
-
-# A vocabulary of our own
-
-SPM_TOKENS = [
-    ("<unk>", 0.0, UNKNOWN),
-    ("<s>", 0.0, CONTROL),
-    ("</s>", 0.0, CONTROL),
-    *((f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)),
-    *((character, -100.0, NORMAL) for character in "▁abcdeé日😀<>/s0x4"),
-]
-
-
-def write(path: Path, rows: list[tuple[str, float, int]], model: str = "llama", **keys: object) -> Path:
-    """A GGUF file that is only a vocabulary; a key given as None is left out."""
-    writer = gguf.GGUFWriter(path, "llama")
-    texts, scores, types = (list(column) for column in zip(*rows, strict=True)) if rows else ([], [], [])
-    values = {
-        "model": model,
-        "tokens": texts,
-        "scores": scores if model == "llama" else None,
-        "token_type": types,
-        **keys,
-    }
-    for key, value in values.items():
-        if value is not None and value != []:
-            write_key(writer, key if "." in key else f"tokenizer.ggml.{key}", value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    return path
-
-
-def write_key(writer: gguf.GGUFWriter, key: str, value: object) -> None:
-    kinds = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, list: writer.add_array}
-    kinds[type(value)](key, value)
-
-
-def bpe_tokens(*more: str) -> list[tuple[str, float, int]]:
-    alphabet = [chr(code) for code in [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x144)]]
-    return [(text, 0.0, NORMAL) for text in [*alphabet, *more]]
-
-
-@pytest.fixture
-def load(tmp_path: Path):
-    return lambda *arguments, **keys: Tokenizer.from_gguf(GGUFFile(write(tmp_path / "model.gguf", *arguments, **keys)))
 
 
 # Llama.cpp's ids
@@ -124,27 +76,6 @@ def encoded_slowly(text: str, tokens: list[tuple[str, float, int]], prefix: str)
         else:
             out += [ids[f"<0x{byte:02X}>"] for byte in symbol.encode()]
     return out
-
-
-def random_text(draw: random.Random, length: int) -> str:
-    """Words, runs of white space, digits, several scripts, emoji with joiners, control characters, markup."""
-    pieces = [
-        lambda: "".join(draw.choices("etaoinshrdluETAOINS", k=draw.randint(1, 12))),
-        lambda: draw.choice(" \n\t") * draw.choice([1, 1, 1, 2, 3, 4, 5, 8, 15, 16, 17, 33]),
-        lambda: str(draw.randrange(10 ** draw.randint(1, 12))),
-        lambda: "".join(chr(draw.randrange(0x4E00, 0x9FA5)) for _ in range(draw.randint(1, 6))),
-        lambda: "".join(chr(draw.randrange(0x410, 0x450)) for _ in range(draw.randint(1, 9))),
-        lambda: "".join(chr(draw.randrange(0x621, 0x64B)) for _ in range(draw.randint(1, 6))),
-        lambda: "".join(chr(draw.randrange(0xAC00, 0xD7A3)) for _ in range(draw.randint(1, 4))),
-        lambda: draw.choice(
-            ["😀", "🦙", "👨‍👩‍👧", "🇫🇮", "é", "e\u0301", "ﬁ", "Ǆ", "½", "Ⅷ", "٣", "𝔘", "\u3000", "\xa0", "\x85"]
-        ),
-        lambda: draw.choice("\0\x01\x1c\x1f\x7f\u200b\ufeff\ufffd\uffff\U0010ffff"),
-        lambda: draw.choice(
-            ["'s", "'LL", "'re ", "...", "</s>", "<0x0A>", "<|im_start|>", "http://", "==", "`$^|", "“”", "▁"]
-        ),
-    ]
-    return "".join(draw.choice(pieces)() for _ in range(length))
 
 
 @cache
@@ -245,33 +176,6 @@ def byte_letters() -> list[str]:
     kept = [byte for byte in range(256) if chr(byte).isprintable() and byte not in (0x20, 0xA0, 0xAD)]
     rest = [byte for byte in range(256) if byte not in kept]
     return [chr(byte) if byte in kept else chr(256 + rest.index(byte)) for byte in range(256)]
-
-
-@pytest.mark.parametrize("name", sorted(PRE_TOKENIZERS))
-def test_pre_tokenizers_cut_like_a_regular_expression_engine(name: str) -> None:
-    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[name].patterns]
-    oracle = pre_tokenizers.Sequence(cuts)
-    draw = random.Random(name)
-    for length in [0, 1, 2, 5, 20, 60, 200]:
-        text = random_text(draw, length)
-        assert list(PRE_TOKENIZERS[name].split(text)) == [word for word, _ in oracle.pre_tokenize_str(text)]
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    {
-        "default": ["Hello", ",", " world", "'", "s", " ", "123", "45", "\n\n", "\n", "x"],
-        "gpt-2": ["Hello", ",", " world", "'s", " 12345", "\n\n", "\n", "x"],
-        "llama-bpe": ["Hello", ",", " world", "'s", " ", "123", "45", "\n\n\n", "x"],
-        "qwen2": ["Hello", ",", " world", "'s", " ", "1", "2", "3", "4", "5", "\n\n\n", "x"],
-        "starcoder": ["Hello", ",", " world", "'s", " ", "1", "2", "3", "4", "5", "\n\n", "\n", "x"],
-        "deepseek-v3": ["Hello", ",", " world", "'s", " ", "123", "45", "\n\n\n", "x"],
-        "gpt-4o": ["Hello", ",", " world's", " ", "123", "45", "\n\n\n", "x"],
-        "bloom": ["Hello", ",", " world's", " 12345", "\n\n\n", "x"],
-    }.items(),
-)
-def test_words_worked_out_by_hand(name: str, words: list[str]) -> None:
-    assert list(PRE_TOKENIZERS[name].split("Hello, world's 12345\n\n\nx")) == words
 
 
 def test_a_whole_word_beats_the_merges(load) -> None:
@@ -518,7 +422,7 @@ GOOD_BPE = {"model": "gpt2", "merges": ["a b"], "pre": "gpt-2"}
         (SPM_TOKENS, {"model": "no_vocab"}, "no tokenizer that can be used; give token ids"),
         (SPM_TOKENS, {"model": "none"}, "no tokenizer that can be used; give token ids"),
         (SPM_TOKENS, {"model": "test"}, "no tokenizer that can be used; give token ids"),
-        (SPM_TOKENS, {"model": "magic"}, r"'magic' is not supported \(llama, gpt2, bert are\)"),
+        (SPM_TOKENS, {"model": "magic"}, r"'magic' is not supported \(llama, gpt2, .* are\)"),
         (SPM_TOKENS, {"model": 5}, "tokenizer.ggml.model"),
         ([], {}, "'tokenizer.ggml.tokens'.* is missing or empty"),
         ([], GOOD_BPE, "'tokenizer.ggml.tokens'.* is missing or empty"),

@@ -39,6 +39,38 @@ def rotary(interleaved: bool) -> Callable[[], object]:
     return lambda: triton_kernels.rotary_and_cache(q, k, v, angles, angles, cache, cache, slots, interleaved)
 
 
+def recurrent() -> dict[str, Callable[[], object]]:
+    """The shapes of Mamba, Mamba-2, Qwen3-Next, Kimi Linear and lightning attention, for a prompt and a single token."""
+    slots, starts = torch.zeros(1, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)
+
+    def convolution(tokens: int) -> object:
+        x, kernel = torch.zeros((tokens, 8192)), torch.zeros((8192, 4))
+        return triton_kernels.short_convolution(x, kernel, x[0], torch.zeros((1, 8192, 3)), slots, starts, "silu")
+
+    def selective(heads: int, rows: int, columns: int, rates: int) -> object:
+        x, steps, b = (
+            torch.zeros((TOKENS, heads, rows)),
+            torch.zeros((TOKENS, heads)),
+            torch.zeros((TOKENS, 1, columns)),
+        )
+        state = torch.zeros((1, heads, rows, columns))
+        return triton_kernels.state_scan(x, steps, torch.zeros((heads, rates)), b, b, state, slots, starts)
+
+    def delta(groups: int, size: int, decays: int, gated: bool) -> object:
+        k, v, beta = torch.zeros((TOKENS, groups, size)), torch.zeros((TOKENS, 32, size)), torch.zeros((TOKENS, 32))
+        decay, state = torch.zeros((TOKENS, 32, decays)), torch.zeros((1, 32, size, size))
+        return triton_kernels.delta_scan(k, k, v, decay, beta if gated else None, state, slots, starts)
+
+    return {
+        "convolution": lambda: (convolution(TOKENS), convolution(1)),
+        "mamba": lambda: selective(5120, 1, 16, 16),
+        "mamba2": lambda: selective(80, 64, 128, 1),
+        "delta net": lambda: delta(16, 128, 1, True),
+        "delta by channels": lambda: delta(32, 128, 128, True),
+        "lightning": lambda: delta(32, 256, 1, False),
+    }
+
+
 def launches(target: str) -> dict[str, Callable[[], object]]:
     """Every call to compile, by name."""
     x, wide = torch.zeros((TOKENS, 4096)), torch.zeros((TOKENS, 20480))
@@ -52,7 +84,7 @@ def launches(target: str) -> dict[str, Callable[[], object]]:
     for size in (128, 256) if target == "sm_90" else (256,):  # the widest asks for the most shared memory
         calls[f"attention {size} default"] = attention(size, "default")
     calls["attention 128 exact"] = attention(128, "exact")
-    return calls
+    return calls | recurrent()
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +104,14 @@ def test_attention_launches_what_it_says(kernels):
     for calls in kernels.values():
         names = {call: [kernel.name for kernel in calls[call]] for call in calls if call.startswith("attention")}
         assert set(map(tuple, names.values())) == {("attention_kernel", "attention_kernel", "combine_kernel")}
+
+
+def test_scans_keep_their_state_in_registers(kernels):
+    """A warp's sums are shuffles: no shared memory and no barrier within the loop over tokens."""
+    for calls in kernels.values():
+        for call in recurrent().keys() - {"convolution"}:
+            (kernel,) = calls[call]
+            assert kernel.shared == 0 and not re.search(r"bar\.sync|s_barrier", kernel.asm), call
 
 
 @pytest.mark.parametrize("target, limit", [("sm_90", 227 * 1024), ("gfx942", 64 * 1024)])

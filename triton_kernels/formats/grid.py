@@ -1,59 +1,111 @@
 """Grids: codebooks of 8 or 4 small numbers an entry, whose signs, if any, are stored apart.
 
-The tables are those of the gguf package; kernels gather their words from a tensor behind the planes.
+The tables are those of the gguf package; kernels gather from a tensor behind the planes. The numbers of an octet are of
+three magnitudes. So its entry there is one word, half as much to gather as eight bytes: nibble n is twice the rank of
+the n-th magnitude. With its sign in the lowest bit, a nibble indexes a table of 8 signed bytes.
+
+The planes keep the signs of a group's four octets in one word, bit o of a nibble being that of octet o. Formats that
+store 7 signs of 8, the last making their number even, have room for 4 other bits in place of the last nibble.
 """
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Sequence
+from itertools import chain
+
 import numpy as np
+import torch
 import triton
 import triton.language as tl
 from gguf import quants
 
+from trichord.triton_kernels.formats.fields import merge, spread
+from trichord.triton_kernels.primitives import look_up_8
 
-def grid(name: str) -> np.ndarray:
-    """The grid of a format, (entries, 8 or 4) int8."""
+
+def _grid(name: str) -> np.ndarray:
+    """The grid of a format, (entries, 8 or 4)."""
     quant = getattr(quants, name)
     quant.init_grid()
-    return quant.grid.reshape(quant.grid_shape).astype(np.int8)
+    return quant.grid.reshape(quant.grid_shape)
 
 
 def grid_words(name: str) -> np.ndarray:
-    """The grid of a format as words of four bytes, int32."""
-    return grid(name).view(np.int32).reshape(-1)
+    """A grid of 4 as words of four bytes, int32."""
+    return _grid(name).astype(np.int8).view(np.int32).reshape(-1)
+
+
+def grid_codes(name: str) -> np.ndarray:
+    """A grid of 8 as words of eight nibbles, int32: twice the rank of each number."""
+    codes = 2 * np.unique(_grid(name), return_inverse=True)[1].reshape(-1, 8).astype(np.uint8)
+    return (codes[:, ::2] | codes[:, 1::2] << 4).view(np.int32).reshape(-1)
+
+
+def pair_words(pairs: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+    """At most four pairs of signed bytes, what a code means without and with the lowest bit, as two words."""
+    return struct.unpack("<2i", struct.pack(f"<{2 * len(pairs)}b", *chain(*pairs)).ljust(8, b"\0"))
+
+
+IQ2_TABLE = tl.constexpr(pair_words([(8, -8), (25, -25), (43, -43)]))
+
+
+def octet_bits(signs: torch.Tensor) -> torch.Tensor:
+    """Bits of each octet and weight (..., 4, 8) -> the plane's (..., 4) bytes; weight n has nibble n."""
+    return merge(signs.transpose(-1, -2).unflatten(-2, (4, 2)).flatten(-2), 1).flatten(-2)
+
+
+def bits_of_octets(plane: torch.Tensor) -> torch.Tensor:
+    """The inverse of `octet_bits`."""
+    return spread(plane[..., None], 1).unflatten(-1, (2, 4)).flatten(-3, -2).transpose(-1, -2)
+
+
+def quad_bits(signs: torch.Tensor) -> torch.Tensor:
+    """`octet_bits` for grids of 4: weight n has nibble 2 * (n % 4) + n // 4, so that each byte has its own bits."""
+    return octet_bits(signs.unflatten(-1, (2, 4)).transpose(-1, -2).flatten(-2))
+
+
+def bits_of_quads(plane: torch.Tensor) -> torch.Tensor:
+    """The inverse of `quad_bits`."""
+    return bits_of_octets(plane).unflatten(-1, (4, 2)).transpose(-1, -2).flatten(-2)
+
+
+def with_eighth(packed: torch.Tensor) -> torch.Tensor:
+    """GGML's words of four times 7 signs and 4 bits (..., 4) -> bits (..., 4, 8), the other 4 as the eighth ones."""
+    bits = spread(packed[..., None], 1).flatten(-2)
+    return torch.cat([bits[..., :28].unflatten(-1, (4, 7)), bits[..., 28:, None]], dim=-1)
+
+
+def without_eighth(bits: torch.Tensor) -> torch.Tensor:
+    """The inverse of `with_eighth`."""
+    bits = torch.cat([bits[..., :7].flatten(-2), bits[..., 7]], dim=-1)
+    return merge(bits.unflatten(-1, (4, 8)), 1).flatten(-2)
 
 
 @triton.jit
-def octet_words(codebook, index):
-    """The entries (2, R, G) of a grid of 8 -> (2, R, G, 2) words.
+def all_signs(signs):
+    """The signs of octets that store 7, with the eighth instead of the other bits in the uppermost nibble."""
+    known = signs & 0x0FFFFFFF
+    parity = known ^ (known >> 16)
+    parity ^= parity >> 8
+    parity ^= parity >> 4
+    return known | (parity << 28)
+
+
+@triton.jit
+def octet_words(codebook, index, signs, TABLE: tl.constexpr):
+    """Entries (2, R, G) of a grid of 8, the lowest bit of each nibble flipped by `signs` -> (R, G, 4) words.
 
     In this order of dimensions a thread gathers what belongs to its own group.
     """
-    return tl.load(codebook + (index * 2)[:, :, :, None] + tl.arange(0, 2)[None, None, None, :])
+    first, second = look_up_8(tl.load(codebook + index) ^ (signs & 0x11111111), TABLE)
+    words = tl.permute(tl.join(first, second), (1, 2, 0, 3))
+    return tl.reshape(words, (words.shape[0], words.shape[1], 4))
 
 
 @triton.jit
-def octet_signs(signs):
-    """The sign bits of octets (2, R, G), 8 each -> (2, R, G, 2), those of each word from its lowest bit up."""
-    return signs[:, :, :, None] >> (tl.arange(0, 2) * 4)[None, None, None, :]
-
-
-@triton.jit
-def even_signs(bits):
-    """7 sign bits -> 8, of which an even number is set."""
-    bits &= 127
-    folded = bits ^ (bits >> 4)
-    return bits | ((0x6996 >> (folded & 15)) & 1) << 7  # bit n of the constant is the parity of n
-
-
-@triton.jit
-def negate(words, signs):
-    """Words of four bytes, none zero, with the bytes negated whose bit is set among the lowest four of `signs`."""
-    ones = ((signs & 15) * 0x00204081) & 0x01010101  # bit n moved to byte n
-    return (words ^ (ones * 255)) + ones
-
-
-@triton.jit
-def group_words(words):
-    """(2, R, G, 2) words of octets -> (R, G, 4)."""
-    return tl.reshape(tl.permute(words, (1, 2, 0, 3)), (words.shape[1], words.shape[2], 4))
+def quad_words(codebook, index, signs, HALF: tl.constexpr):
+    """Entries (4, R, G) of a grid of 4, those of half HALF of the group, with their signs -> (R, G, 4) words."""
+    word = tl.arange(0, 4)[:, None, None]
+    ones = (signs >> (2 * HALF + (word >> 1) + 4 * (word & 1))) & 0x01010101
+    return tl.permute((tl.load(codebook + index) ^ (ones * 255)) + ones, (1, 2, 0))  # no byte is zero: none carries

@@ -13,8 +13,8 @@ import triton.language as tl
 
 from trichord.triton_kernels.formats.fields import elements
 from trichord.triton_kernels.formats.format import Format, Plane
-from trichord.triton_kernels.formats.grid import group_words, octet_words
-from trichord.triton_kernels.formats.iq1_s import ternary_words
+from trichord.triton_kernels.formats.grid import grid_codes, octet_words
+from trichord.triton_kernels.formats.iq1_s import TERNARY_TABLE
 from trichord.weight_format import WeightFormat
 
 
@@ -35,8 +35,8 @@ def _join(indices: torch.Tensor, high: torch.Tensor, scales: torch.Tensor, super
 @triton.jit
 def _octets(codebook, indices, high, octet):
     high = high >> (octet * 4)
-    entries = octet_words(codebook, ((indices >> (octet * 8)) & 255) | (high & 7) << 8)
-    return group_words(entries | tl.where((high & 8) != 0, 0, 0x02020202)[:, :, :, None])
+    index = ((indices >> (octet * 8)) & 255) | (high << 8) & 0x700
+    return octet_words(codebook, index, ((high >> 3) & 1) * 0x11111111, TERNARY_TABLE)
 
 
 @triton.jit
@@ -63,6 +63,5 @@ IQ1_M = Format(
     join=_join,
     decode=_decode,
     scale_group=16,
-    zero=9,
-    codebook=ternary_words,
+    codebook=lambda: grid_codes("IQ1_M"),
 )

@@ -1,26 +1,21 @@
 """IQ1_S: 256 weights; weight = d * (2 * scale + 1) * (grid entry + delta), the grid of -1, 0 and 1, delta 1/8 or -1/8.
 
 A block is d (half), the low bytes of 32 indices of a grid of 2048 octets, and 16 bits a group: four times 3 high bits
-of an index, 3 bits of scale and the sign of delta. The kernels multiply by integers: 8 * entry + 8 * delta is a byte
-8 * (entry + 1), from the codebook, plus 2 or 0 for delta, minus 9.
+of an index, 3 bits of scale and the sign of delta. The kernels multiply by integers, 8 * entry + 8 * delta.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 
 from trichord.triton_kernels.formats.fields import elements
 from trichord.triton_kernels.formats.format import Format, Plane
-from trichord.triton_kernels.formats.grid import grid, group_words, octet_words
+from trichord.triton_kernels.formats.grid import grid_codes, octet_words, pair_words
 from trichord.weight_format import WeightFormat
 
-
-def ternary_words() -> np.ndarray:
-    """The grid of IQ1_S and IQ1_M, 8 * (entry + 1) in each byte, int32."""
-    return (8 * (grid("IQ1_S") + 1)).astype(np.int8).view(np.int32).reshape(-1)
+TERNARY_TABLE = tl.constexpr(pair_words([(-7, -9), (1, -1), (9, 7)]))
 
 
 def _split(blocks: torch.Tensor) -> list[torch.Tensor]:
@@ -33,8 +28,8 @@ def _join(indices: torch.Tensor, high: torch.Tensor, scales: torch.Tensor) -> to
 
 @triton.jit
 def _octets(codebook, indices, high, octet):
-    index = ((indices >> (octet * 8)) & 255) | ((high >> (octet * 3)) & 7) << 8
-    return group_words(octet_words(codebook, index) | tl.where(high < 0, 0, 0x02020202)[:, :, :, None])
+    index = ((indices >> (octet * 8)) & 255) | ((high << 8) >> (octet * 3)) & 0x700
+    return octet_words(codebook, index, high >> 31, TERNARY_TABLE)
 
 
 @triton.jit
@@ -55,6 +50,5 @@ IQ1_S = Format(
     split=_split,
     join=_join,
     decode=_decode,
-    zero=9,
-    codebook=ternary_words,
+    codebook=lambda: grid_codes("IQ1_S"),
 )

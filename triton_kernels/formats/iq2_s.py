@@ -10,27 +10,28 @@ import torch
 import triton
 import triton.language as tl
 
-from trichord.triton_kernels.formats.fields import elements
+from trichord.triton_kernels.formats.fields import elements, merge, spread
 from trichord.triton_kernels.formats.format import Format, Plane
-from trichord.triton_kernels.formats.grid import grid_words, group_words, negate, octet_signs, octet_words
+from trichord.triton_kernels.formats.grid import IQ2_TABLE, bits_of_octets, grid_codes, octet_bits, octet_words
 from trichord.weight_format import WeightFormat
 
 
 def _split(blocks: torch.Tensor) -> list[torch.Tensor]:
-    codes = torch.stack([blocks[..., 2:34].unflatten(-1, (8, 4)), blocks[..., 34:66].unflatten(-1, (8, 4))], dim=-2)
+    signs = octet_bits(spread(blocks[..., 34:66].unflatten(-1, (8, 4, 1)), 1))
+    codes = torch.stack([blocks[..., 2:34].unflatten(-1, (8, 4)), signs], dim=-2)
     return [codes, torch.stack([blocks[..., 66:74], blocks[..., 74:]], dim=-1), blocks[..., :2]]
 
 
 def _join(codes: torch.Tensor, scales: torch.Tensor, superscales: torch.Tensor) -> torch.Tensor:
     codes, scales = codes.unflatten(-1, (8, 2, 4)), scales.unflatten(-1, (8, 2))
-    codes = [codes[..., 0, :].flatten(-2), codes[..., 1, :].flatten(-2)]
-    return torch.cat([superscales, *codes, scales[..., 0], scales[..., 1]], dim=-1)
+    signs = merge(bits_of_octets(codes[..., 1, :]), 1).flatten(-3)
+    return torch.cat([superscales, codes[..., 0, :].flatten(-2), signs, scales[..., 0], scales[..., 1]], dim=-1)
 
 
 @triton.jit
 def _octets(codebook, indices, high_bits, signs, octet):
-    index = ((indices >> (octet * 8)) & 255) | ((high_bits >> (octet * 2)) & 3) << 8
-    return group_words(negate(octet_words(codebook, index), octet_signs(signs >> (octet * 8))))
+    index = ((indices >> (octet * 8)) & 255) | ((high_bits << 8) >> (octet * 2)) & 0x300
+    return octet_words(codebook, index, signs >> octet, IQ2_TABLE)
 
 
 @triton.jit
@@ -53,5 +54,5 @@ IQ2_S = Format(
     join=_join,
     decode=_decode,
     scale_group=16,
-    codebook=lambda: grid_words("IQ2_S"),
+    codebook=lambda: grid_codes("IQ2_S"),
 )

@@ -10,34 +10,49 @@ import torch
 import triton
 import triton.language as tl
 
-from trichord.triton_kernels.formats.fields import elements
+from trichord.triton_kernels.formats.fields import elements, merge, spread
 from trichord.triton_kernels.formats.format import Format, Plane
-from trichord.triton_kernels.formats.grid import even_signs, grid_words, group_words, negate, octet_signs, octet_words
+from trichord.triton_kernels.formats.grid import (
+    IQ2_TABLE,
+    all_signs,
+    bits_of_octets,
+    grid_codes,
+    octet_bits,
+    octet_words,
+)
 from trichord.weight_format import WeightFormat
 
 
 def _split(blocks: torch.Tensor) -> list[torch.Tensor]:
-    return [blocks[..., 2:66], blocks[..., 66:], blocks[..., :2]]
+    bits = spread(blocks[..., 2:66].unflatten(-1, (8, 4, 2, 1)), 1).flatten(-2)
+    signs = octet_bits(torch.cat([bits[..., 9:], bits[..., 8:9]], dim=-1))
+    return [torch.cat([merge(bits[..., :8], 1).flatten(-2), signs], dim=-1), blocks[..., 66:], blocks[..., :2]]
 
 
 def _join(codes: torch.Tensor, scales: torch.Tensor, superscales: torch.Tensor) -> torch.Tensor:
-    return torch.cat([superscales, codes, scales], dim=-1)
+    indices, signs = codes.unflatten(-1, (8, 2, 4)).unbind(-2)
+    signs = bits_of_octets(signs)
+    high = merge(torch.cat([signs[..., 7:], signs[..., :7]], dim=-1), 1)
+    return torch.cat([superscales, torch.stack([indices, high.squeeze(-1)], dim=-1).flatten(-3), scales], dim=-1)
 
 
 @triton.jit
-def _octets(codebook, codes):
-    codes = codes[None] >> (tl.arange(0, 2) * 16)[:, None, None]
-    return group_words(negate(octet_words(codebook, codes & 511), octet_signs(even_signs(codes >> 9))))
+def _octets(codebook, indices, high_bits, signs, octet):
+    index = ((indices >> (octet * 8)) & 255) | (high_bits >> (octet + 20)) & 256
+    return octet_words(codebook, index, signs >> octet, IQ2_TABLE)
 
 
 @triton.jit
 def _decode(planes, row, group, columns):
     groups = columns // 32
-    low, high = tl.split(elements(planes[0], row, group, groups, 1, 2))
+    indices, packed = tl.split(elements(planes[0], row, group, groups, 1, 2))
+    signs, octet = all_signs(packed), tl.arange(0, 2)[:, None, None]
+    low = _octets(planes[3], indices[None], packed[None], signs[None], octet)
+    high = _octets(planes[3], indices[None], packed[None], signs[None], octet + 2)
     scales = elements(planes[1], row, group, groups, 1, 1).to(tl.int32) >> (tl.arange(0, 2) * 4)[None, None, :]
     d = elements(planes[2], row, group, groups, 8, 1).to(tl.float32)
     scale = d * ((scales & 15).to(tl.float32) + 0.5) * 0.25
-    return _octets(planes[3], low), _octets(planes[3], high), scale, scale
+    return low, high, scale, scale
 
 
 IQ2_XS = Format(
@@ -47,5 +62,5 @@ IQ2_XS = Format(
     join=_join,
     decode=_decode,
     scale_group=16,
-    codebook=lambda: grid_words("IQ2_XS"),
+    codebook=lambda: grid_codes("IQ2_XS"),
 )

@@ -12,31 +12,42 @@ import triton.language as tl
 
 from trichord.triton_kernels.formats.fields import elements
 from trichord.triton_kernels.formats.format import Format, Plane
-from trichord.triton_kernels.formats.grid import even_signs, grid_words, group_words, negate, octet_signs, octet_words
+from trichord.triton_kernels.formats.grid import (
+    IQ2_TABLE,
+    all_signs,
+    bits_of_octets,
+    grid_codes,
+    octet_bits,
+    octet_words,
+    with_eighth,
+    without_eighth,
+)
 from trichord.weight_format import WeightFormat
 
 
 def _split(blocks: torch.Tensor) -> list[torch.Tensor]:
-    return [blocks[..., 2:], blocks[..., :2]]
+    codes = blocks[..., 2:].unflatten(-1, (8, 8))
+    return [torch.cat([codes[..., :4], octet_bits(with_eighth(codes[..., 4:]))], dim=-1), blocks[..., :2]]
 
 
 def _join(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    return torch.cat([scales, codes], dim=-1)
+    codes = codes.unflatten(-1, (8, 8))
+    signs = without_eighth(bits_of_octets(codes[..., 4:]))
+    return torch.cat([scales, torch.cat([codes[..., :4], signs], dim=-1).flatten(-2)], dim=-1)
 
 
 @triton.jit
-def _octets(codebook, indices, packed, octet):
-    signs = octet_signs(even_signs(packed >> (octet * 7)))
-    return group_words(negate(octet_words(codebook, (indices >> (octet * 8)) & 255), signs))
+def _octets(codebook, indices, signs, octet):
+    return octet_words(codebook, (indices >> (octet * 8)) & 255, signs >> octet, IQ2_TABLE)
 
 
 @triton.jit
 def _decode(planes, row, group, columns):
     groups = columns // 32
     indices, packed = tl.split(elements(planes[0], row, group, groups, 1, 2))
-    octet = tl.arange(0, 2)[:, None, None]
-    low = _octets(planes[2], indices[None], packed[None], octet)
-    high = _octets(planes[2], indices[None], packed[None], octet + 2)
+    signs, octet = all_signs(packed), tl.arange(0, 2)[:, None, None]
+    low = _octets(planes[2], indices[None], signs[None], octet)
+    high = _octets(planes[2], indices[None], signs[None], octet + 2)
     d = elements(planes[1], row, group, groups, 8, 1).to(tl.float32)
     scale = d * (((packed[:, :, None] >> 28) & 15).to(tl.float32) + 0.5) * 0.25
     return low, high, scale, scale
@@ -48,5 +59,5 @@ IQ2_XXS = Format(
     split=_split,
     join=_join,
     decode=_decode,
-    codebook=lambda: grid_words("IQ2_XXS"),
+    codebook=lambda: grid_codes("IQ2_XXS"),
 )

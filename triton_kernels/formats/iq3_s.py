@@ -12,38 +12,40 @@ import triton.language as tl
 
 from trichord.triton_kernels.formats.fields import elements, merge, spread
 from trichord.triton_kernels.formats.format import Format, Plane
-from trichord.triton_kernels.formats.grid import grid_words, group_words, negate, octet_signs
+from trichord.triton_kernels.formats.grid import bits_of_quads, grid_words, quad_bits, quad_words
 from trichord.weight_format import WeightFormat
 
 
 def _split(blocks: torch.Tensor) -> list[torch.Tensor]:
     scales = spread(blocks[..., 106:, None], 4).flatten(-2)
-    return [blocks[..., 2:66], blocks[..., 74:106], torch.stack([blocks[..., 66:74], scales], dim=-1), blocks[..., :2]]
+    signs = quad_bits(spread(blocks[..., 74:106].unflatten(-1, (8, 4, 1)), 1))
+    return [blocks[..., 2:66], signs, torch.stack([blocks[..., 66:74], scales], dim=-1), blocks[..., :2]]
 
 
 def _join(codes: torch.Tensor, signs: torch.Tensor, pairs: torch.Tensor, superscales: torch.Tensor) -> torch.Tensor:
     high_bits, scales = pairs.unflatten(-1, (8, 2)).unbind(-1)
     scales = merge(scales.unflatten(-1, (4, 2)), 4).flatten(-2)
+    signs = merge(bits_of_quads(signs.unflatten(-1, (8, 4))), 1).flatten(-3)
     return torch.cat([superscales, codes, high_bits, signs, scales], dim=-1)
 
 
 @triton.jit
-def _words(codebook, indices, high_bits, signs):
+def _words(codebook, indices, high_bits, signs, HALF: tl.constexpr):
     entry = tl.arange(0, 4)[:, None, None]
-    index = ((indices[None] >> (entry * 8)) & 255) | ((high_bits[None] >> entry) & 1) << 8
-    return negate(tl.permute(tl.load(codebook + index), (1, 2, 0)), group_words(octet_signs(signs)))
+    index = ((indices[None] >> (entry * 8)) & 255) | ((high_bits[None] << 8) >> (4 * HALF + entry)) & 256
+    return quad_words(codebook, index, signs, HALF)
 
 
 @triton.jit
 def _decode(planes, row, group, columns):
     groups = columns // 32
     low, high = tl.split(elements(planes[0], row, group, groups, 1, 2))
-    signs = tl.permute(elements(planes[1], row, group, groups, 1, 1), (2, 0, 1)) >> (tl.arange(0, 2) * 8)[:, None, None]
+    signs = tl.permute(elements(planes[1], row, group, groups, 1, 1), (2, 0, 1))
     high_bits, scale = tl.split(elements(planes[2], row, group, groups, 1, 2).to(tl.int32))
     d = elements(planes[3], row, group, groups, 8, 1).to(tl.float32)
     scale = d * (scale * 2 + 1).to(tl.float32)[:, :, None]
-    low = _words(planes[4], low, high_bits, signs)
-    high = _words(planes[4], high, high_bits >> 4, signs >> 16)
+    low = _words(planes[4], low, high_bits, signs, 0)
+    high = _words(planes[4], high, high_bits, signs, 1)
     return low, high, scale, scale
 
 

@@ -12,23 +12,32 @@ import triton.language as tl
 
 from trichord.triton_kernels.formats.fields import elements
 from trichord.triton_kernels.formats.format import Format, Plane
-from trichord.triton_kernels.formats.grid import even_signs, grid_words, group_words, negate, octet_signs
+from trichord.triton_kernels.formats.grid import (
+    all_signs,
+    bits_of_quads,
+    grid_words,
+    quad_bits,
+    quad_words,
+    with_eighth,
+    without_eighth,
+)
 from trichord.weight_format import WeightFormat
 
 
 def _split(blocks: torch.Tensor) -> list[torch.Tensor]:
-    return [blocks[..., 2:66], blocks[..., 66:], blocks[..., :2]]
+    return [blocks[..., 2:66], quad_bits(with_eighth(blocks[..., 66:].unflatten(-1, (8, 4)))), blocks[..., :2]]
 
 
 def _join(codes: torch.Tensor, scales: torch.Tensor, superscales: torch.Tensor) -> torch.Tensor:
-    return torch.cat([superscales, codes, scales], dim=-1)
+    return torch.cat(
+        [superscales, codes, without_eighth(bits_of_quads(scales.unflatten(-1, (8, 4)))).flatten(-2)], dim=-1
+    )
 
 
 @triton.jit
-def _words(codebook, indices, signs):
+def _words(codebook, indices, signs, HALF: tl.constexpr):
     index = (indices[None] >> (tl.arange(0, 4) * 8)[:, None, None]) & 255
-    words = tl.permute(tl.load(codebook + index), (1, 2, 0))
-    return negate(words, group_words(octet_signs(even_signs(signs))))
+    return quad_words(codebook, index, signs, HALF)
 
 
 @triton.jit
@@ -36,10 +45,10 @@ def _decode(planes, row, group, columns):
     groups = columns // 32
     low, high = tl.split(elements(planes[0], row, group, groups, 1, 2))
     packed = elements(planes[1], row, group, groups, 1, 1)
-    signs = tl.permute(packed, (2, 0, 1)) >> (tl.arange(0, 2) * 7)[:, None, None]
+    signs = all_signs(tl.permute(packed, (2, 0, 1)))
     d = elements(planes[2], row, group, groups, 8, 1).to(tl.float32)
     scale = d * (((packed >> 28) & 15).to(tl.float32) + 0.5) * 0.5
-    return _words(planes[3], low, signs), _words(planes[3], high, signs >> 14), scale, scale
+    return _words(planes[3], low, signs, 0), _words(planes[3], high, signs, 1), scale, scale
 
 
 IQ3_XXS = Format(

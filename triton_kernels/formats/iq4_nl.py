@@ -9,18 +9,18 @@ from gguf import quants
 
 from trichord.triton_kernels.formats.fields import elements
 from trichord.triton_kernels.formats.format import Format, Plane
-from trichord.triton_kernels.formats.table import table_words, words_from_table
+from trichord.triton_kernels.formats.table import ggml_codes, table_codes, table_words, words_from_table
 from trichord.weight_format import WeightFormat
 
 IQ4_TABLE = tl.constexpr(table_words(quants.IQ4_NL.kvalues))
 
 
 def _split(blocks: torch.Tensor) -> list[torch.Tensor]:
-    return [blocks[..., 2:], blocks[..., :2]]
+    return [table_codes(blocks[..., 2:]), blocks[..., :2]]
 
 
 def _join(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    return torch.cat([scales, codes], dim=-1)
+    return torch.cat([scales, ggml_codes(codes)], dim=-1)
 
 
 @triton.jit

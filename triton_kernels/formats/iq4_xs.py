@@ -13,20 +13,20 @@ import triton.language as tl
 from trichord.triton_kernels.formats.fields import elements, merge, spread
 from trichord.triton_kernels.formats.format import Format, Plane
 from trichord.triton_kernels.formats.iq4_nl import IQ4_TABLE
-from trichord.triton_kernels.formats.table import words_from_table
+from trichord.triton_kernels.formats.table import ggml_codes, table_codes, words_from_table
 from trichord.weight_format import WeightFormat
 
 
 def _split(blocks: torch.Tensor) -> list[torch.Tensor]:
     high, low = spread(blocks[..., 2:4, None], 2).flatten(-2), spread(blocks[..., 4:8, None], 4).flatten(-2)
-    return [blocks[..., 8:], (low | high << 4) - 32, blocks[..., :2]]
+    return [table_codes(blocks[..., 8:].unflatten(-1, (8, 16))), (low | high << 4) - 32, blocks[..., :2]]
 
 
 def _join(codes: torch.Tensor, scales: torch.Tensor, superscales: torch.Tensor) -> torch.Tensor:
     scales = scales + 32
     high = merge((scales >> 4).unflatten(-1, (2, 4)), 2).flatten(-2)
     low = merge((scales & 15).unflatten(-1, (4, 2)), 4).flatten(-2)
-    return torch.cat([superscales, high, low, codes], dim=-1)
+    return torch.cat([superscales, high, low, ggml_codes(codes.unflatten(-1, (8, 16))).flatten(-2)], dim=-1)
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """MXFP4: 32 weights in E2M1 with a shared exponent (E8M0), as in the OCP microscaling formats 1.0.
 
-weight = 2^(e - 128) * table[code], the table holding twice the values of E2M1.
+weight = 2^(e - 128) * (table[code] - 12), the table holding twice the values of E2M1, plus 12: none is negative.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from gguf import quants
 
 from trichord.triton_kernels.formats.fields import elements
 from trichord.triton_kernels.formats.format import Format, Plane
-from trichord.triton_kernels.formats.table import table_words, words_from_table
+from trichord.triton_kernels.formats.table import ggml_codes, table_codes, table_words, words_from_table
 from trichord.weight_format import WeightFormat
 
-E2M1_TABLE = tl.constexpr(table_words(quants.MXFP4.kvalues))
+E2M1_ZERO = 12
+E2M1_TABLE = tl.constexpr(table_words([value + E2M1_ZERO for value in quants.MXFP4.kvalues]))
 
 
 def _split(blocks: torch.Tensor) -> list[torch.Tensor]:
-    return [blocks[..., 1:], blocks[..., :1]]
+    return [table_codes(blocks[..., 1:]), blocks[..., :1]]
 
 
 def _join(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    return torch.cat([scales, codes], dim=-1)
+    return torch.cat([scales, ggml_codes(codes)], dim=-1)
 
 
 @triton.jit
@@ -42,4 +43,5 @@ MXFP4 = Format(
     split=_split,
     join=_join,
     decode=_decode,
+    zero=E2M1_ZERO,
 )

@@ -1,6 +1,6 @@
-"""NVFP4: 64 weights in E2M1 with an unsigned E4M3 scale for every 16; weight = scale / 2 * table[code], as in MXFP4.
+"""NVFP4: 64 weights in E2M1 with an unsigned E4M3 scale for every 16; weight = scale / 2 * (table[code] - 12).
 
-A block is 4 scales, then for each 16 weights 8 bytes: byte b holds code b below code 8 + b.
+The table is that of MXFP4. A block is 4 scales, then for each 16 weights 8 bytes: byte b holds code b below code 8 + b.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import triton.language as tl
 
 from trichord.triton_kernels.formats.fields import elements, merge, spread
 from trichord.triton_kernels.formats.format import Format, Plane
-from trichord.triton_kernels.formats.mxfp4 import E2M1_TABLE
-from trichord.triton_kernels.formats.table import words_from_table
+from trichord.triton_kernels.formats.mxfp4 import E2M1_TABLE, E2M1_ZERO
+from trichord.triton_kernels.formats.table import ggml_codes, table_codes, words_from_table
 from trichord.weight_format import WeightFormat
 
 
 def _split(blocks: torch.Tensor) -> list[torch.Tensor]:
     codes = spread(blocks[..., 4:].unflatten(-1, (2, 2, 8)), 4).flatten(-2)
-    return [merge(codes, 4), blocks[..., :4]]
+    return [table_codes(merge(codes, 4)), blocks[..., :4]]
 
 
 def _join(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    codes = spread(codes.unflatten(-1, (2, 16)), 4).unflatten(-1, (2, 16))
+    codes = spread(ggml_codes(codes.unflatten(-1, (2, 16))), 4).unflatten(-1, (2, 16))
     return torch.cat([scales, merge(codes, 4).flatten(-3)], dim=-1)
 
 
@@ -44,4 +44,5 @@ NVFP4 = Format(
     join=_join,
     decode=_decode,
     scale_group=16,
+    zero=E2M1_ZERO,
 )

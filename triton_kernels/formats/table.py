@@ -1,23 +1,46 @@
-"""Codes that index a table of 16 signed bytes."""
+"""Codes that index a table of 16 signed bytes.
+
+The planes keep the codes of a group as `primitives.look_up_16` takes them: word w has those of weights 4w to 4w + 3 in
+its lower nibbles and those of weights 16 + 4w to 16 + 4w + 3 in its upper ones. And bits 2 and 3 of each code are
+exchanged, so that in a table in ascending order the entries 8 apart have one sign.
+"""
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 
-from trichord.triton_kernels.formats.fields import elements
-from trichord.triton_kernels.primitives import look_up
+from trichord.triton_kernels.formats.fields import elements, merge, spread
+from trichord.triton_kernels.primitives import look_up_16
 
 
 def table_words(values: Sequence[int]) -> tuple[int, ...]:
-    """16 signed bytes as four words, lowest first: what kernels take as a constant."""
-    return struct.unpack("<4i", struct.pack("<16b", *values))
+    """16 signed bytes, in the order of GGML's codes, as four words in the order of ours: what kernels take."""
+    return struct.unpack("<4i", struct.pack("<16b", *(values[_exchanged(code)] for code in range(16))))
+
+
+def table_codes(codes: torch.Tensor) -> torch.Tensor:
+    """16 bytes a group as GGML keeps codes (code b below code 16 + b) -> the plane's (..., 16)."""
+    words = _exchanged(spread(codes, 4)).unflatten(-1, (2, 4, 2, 2)).transpose(-4, -3)
+    return merge(words, 4).flatten(-4)
+
+
+def ggml_codes(plane: torch.Tensor) -> torch.Tensor:
+    """The inverse of `table_codes`."""
+    words = spread(plane.unflatten(-1, (4, 2, 2, 1)), 4).transpose(-4, -3)
+    return merge(_exchanged(words.flatten(-4)), 4)
+
+
+def _exchanged(codes):
+    """Codes with bits 2 and 3 exchanged."""
+    return (codes & 3) | (codes & 4) << 1 | (codes & 8) >> 1
 
 
 @triton.jit
 def words_from_table(plane, row, group, groups, TABLE: tl.constexpr):
-    """The table's bytes for each group's 4-bit codes, arranged as for `fields.words`: two (R, G, 4) int32."""
-    return look_up(elements(plane, row, group, groups, 1, 4), TABLE)
+    """The table's bytes for each group's codes: weights 0..15 and 16..31, two (R, G, 4) int32."""
+    return look_up_16(elements(plane, row, group, groups, 1, 4), TABLE)
