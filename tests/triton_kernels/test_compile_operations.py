@@ -40,7 +40,7 @@ def rotary(interleaved: bool) -> Callable[[], object]:
 
 
 def recurrent() -> dict[str, Callable[[], object]]:
-    """The shapes of Mamba, Mamba-2, Qwen3-Next, Kimi Linear and lightning attention, for a prompt and a single token."""
+    """Mamba, Mamba-2, the delta rule by heads and by channels, lightning attention, at the shapes of models."""
     slots, starts = torch.zeros(1, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)
 
     def convolution(tokens: int) -> object:
@@ -104,14 +104,6 @@ def test_attention_launches_what_it_says(kernels):
     for calls in kernels.values():
         names = {call: [kernel.name for kernel in calls[call]] for call in calls if call.startswith("attention")}
         assert set(map(tuple, names.values())) == {("attention_kernel", "attention_kernel", "combine_kernel")}
-
-
-def test_scans_keep_their_state_in_registers(kernels):
-    """A warp's sums are shuffles: no shared memory and no barrier within the loop over tokens."""
-    for calls in kernels.values():
-        for call in recurrent().keys() - {"convolution"}:
-            (kernel,) = calls[call]
-            assert kernel.shared == 0 and not re.search(r"bar\.sync|s_barrier", kernel.asm), call
 
 
 @pytest.mark.parametrize("target, limit", [("sm_90", 227 * 1024), ("gfx942", 64 * 1024)])
