@@ -137,21 +137,22 @@ def _fetch(name: _Name) -> Path:
 
 def _files(api: HfApi, repo: str, where: str) -> tuple[dict[str, Path | None], bool]:
     """The repository's files by name, and whether the hub answered; if not, those in the cache, with their paths."""
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
         return {sibling.rfilename: None for sibling in api.model_info(repo).siblings or ()}, True
-    except GatedRepoError:
-        raise GGUFError(f"{where} asks for its terms to be accepted: do so on its page, then set HF_TOKEN.") from None
-    except RepositoryNotFoundError:
-        raise GGUFError(f"{repo}: there is neither such a file nor such a repository ({where}).") from None
-    except HfHubHTTPError as error:
-        failure = f"it answered {error.response.status_code}"
-    except Exception as error:  # the network's many ways to fail, in the classes of whichever client the hub uses
+    except RepositoryNotFoundError as error:
+        if not isinstance(error, GatedRepoError):
+            raise GGUFError(
+                f"{repo}: there is no such file, and no such repository is open to you ({where}); set HF_TOKEN for one"
+                " that is private"
+            ) from None
+        failure = _reason(error)
+    except Exception as error:  # the network's many ways to fail, in the classes of whichever client the library uses
         failure = _reason(error)
     cached = _cached_files(repo)
     if not cached:
-        raise GGUFError(f"{where} cannot be reached, and nothing of it was fetched before: {failure}.")
+        raise GGUFError(f"{where} cannot be read, and nothing of it was fetched before: {failure}")
     return cached, False
 
 
@@ -178,10 +179,13 @@ def _download(api: HfApi, repo: str, file: str, where: str) -> Path:
     try:
         return Path(api.hf_hub_download(repo, file))
     except Exception as error:  # as above; the disk may be full, too
-        raise GGUFError(f"{file} of {where} cannot be fetched: {_reason(error)}.") from None
+        raise GGUFError(f"{file} of {where} cannot be fetched: {_reason(error)}") from None
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error of others, without its last period."""
+    from huggingface_hub.errors import GatedRepoError
+
+    if isinstance(error, GatedRepoError):
+        return "its terms must be accepted on its page first; then set HF_TOKEN"
     lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
+    return lines[0].rstrip(".") if lines else type(error).__name__
