@@ -30,15 +30,13 @@ def short_convolution(
     if not have_numba():
         output = torch.from_numpy(_convolve(x, kernel, bias, states, state_slots, query_starts))
     else:
-        from trichord.cpu_fallback.state_kernels import CHANNELS, CONVOLUTION, convolve
-        from trichord.cpu_fallback.token_kernels import address, over_rows
+        from trichord.cpu_fallback.state_kernels import CHANNELS, convolve
 
         output = torch.empty((tokens, channels), dtype=torch.float32)
         state = states.data_ptr(), states.stride(0), state_slots.data_ptr(), query_starts.data_ptr(), len(state_slots)
         inputs = x.data_ptr(), x.stride(0), kernel.data_ptr(), 0 if bias is None else bias.data_ptr()
-        fields = *state, output.data_ptr(), *inputs, channels, width
         parts = -(-channels // CHANNELS)
-        over_rows(address(convolve), CONVOLUTION, parts, tokens * CHANNELS * width, fields)
+        convolve(parts, tokens * CHANNELS * width, *state, output.data_ptr(), *inputs, channels, width)
     return output if activation is None else activate(output, None, activation)
 
 

@@ -40,12 +40,11 @@ def state_scan(
             grouped += inputs[token].reshape(groups, -1, 1) * b[token]
             y[token] = (grouped @ c[token]).reshape(heads, rows)
         return output
-    from trichord.cpu_fallback.state_kernels import ROWS, STATE_SCAN, scan_states
-    from trichord.cpu_fallback.token_kernels import address, over_rows
+    from trichord.cpu_fallback.state_kernels import ROWS, scan_states
 
     inputs = *_place(x), *_place(step_sizes)[:2], rates.data_ptr(), rates.shape[1], *_place(b), *_place(c)
     fields = *_batch(states, state_slots, query_starts), output.data_ptr(), *inputs, heads, rows, groups, columns
-    over_rows(address(scan_states), STATE_SCAN, -(-heads * rows // ROWS), tokens * ROWS * columns, fields)
+    scan_states(-(-heads * rows // ROWS), tokens * ROWS * columns, *fields)
     return output
 
 
@@ -85,14 +84,12 @@ def delta_scan(
             state += key.swapaxes(1, 2) * change
             y[token] = (queries[token][group][:, None] @ state)[:, 0]
         return output
-    from trichord.cpu_fallback.state_kernels import COLUMNS, DELTA_SCAN, scan_deltas
-    from trichord.cpu_fallback.token_kernels import address, over_rows
+    from trichord.cpu_fallback.state_kernels import COLUMNS, scan_deltas
 
     strength = (0, 0) if beta is None else _place(beta)[:2]
     inputs = *_place(q), *_place(k), *_place(v), *_place(decay), decay.shape[2], *strength
     fields = *_batch(states, state_slots, query_starts), output.data_ptr(), *inputs, heads, groups, tiled, rows, columns
-    parts = heads * -(-columns // COLUMNS)
-    over_rows(address(scan_deltas), DELTA_SCAN, parts, tokens * rows * COLUMNS, fields)
+    scan_deltas(heads * -(-columns // COLUMNS), tokens * rows * COLUMNS, *fields)
     return output
 
 

@@ -1,9 +1,8 @@
 """Recurrent layers in Numba: the short convolution, the selective scan, the delta rule.
 
-What a state holds falls into parts that never meet: channels, rows or columns. So a kernel is a job's (see `jobs`) over
-such parts: it takes its own of every sequence, whose tokens follow in order, and threads share the work evenly
-whatever the lengths of the sequences. The job's field "x" is the address of a record: a call's tensors as addresses
-(0: none), strides in elements, shapes.
+What a state holds falls into parts that never meet: channels, rows or columns. These are the rows of a kernel (see
+`token_kernels`): it takes its own of every sequence, whose tokens follow in order, and threads share the work evenly
+whatever the lengths of the sequences.
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ import numpy as np
 from numba import carray
 
 from trichord.cpu_fallback.jit import compiled
-from trichord.cpu_fallback.jobs import FIELDS
 from trichord.cpu_fallback.native import exp, floats, integers, long_integers, pointer
+from trichord.cpu_fallback.token_kernels import Kernel
 
 CHANNELS = 64
 """Channels of the convolution that make a part."""
@@ -30,21 +29,15 @@ def _record(names: str) -> np.dtype:
 
 
 _BATCH = "states slot_stride state_slots query_starts sequences output "
-CONVOLUTION = _record(_BATCH + "x token_stride kernel bias channels width")
-STATE_SCAN = _record(
+_CONVOLUTION = _record(_BATCH + "x token_stride kernel bias channels width")
+_STATE_SCAN = _record(
     _BATCH + "x x_token x_head steps step_token rates head_rates b b_token b_group c c_token c_group "
     "heads head_rows groups columns"
 )
-DELTA_SCAN = _record(
+_DELTA_SCAN = _record(
     _BATCH + "q q_token q_group k k_token k_group v v_token v_head decay decay_token decay_head head_decays "
     "beta beta_token heads groups is_tiled rows columns"
 )
-_X = FIELDS.index("x")
-
-
-@compiled
-def _argument(job):  # type: ignore[no-untyped-def]
-    return pointer(carray(job, len(FIELDS))[_X])
 
 
 @compiled
@@ -58,9 +51,10 @@ def _sequence(problem, index):  # type: ignore[no-untyped-def]
 # Convolution
 
 
-def convolve(job, first, last):  # type: ignore[no-untyped-def]
-    """Kernel over parts of CHANNELS channels."""
-    problem = carray(_argument(job), 1, CONVOLUTION)[0]
+@compiled
+def _convolve(record, first, last):  # type: ignore[no-untyped-def]
+    """A part is CHANNELS channels, fewer in the last."""
+    problem = carray(pointer(record), 1, _CONVOLUTION)[0]
     past = problem.width - 1
     taps, history = np.empty((problem.width, CHANNELS), np.float32), np.empty((past, CHANNELS), np.float32)
     for part in range(first, last):
@@ -111,12 +105,15 @@ def _add_product(y, factors, source):  # type: ignore[no-untyped-def]
         y[index] += factors[index] * source[index]
 
 
+convolve = Kernel(_convolve, _CONVOLUTION)
+
 # Selective scan
 
 
-def scan_states(job, first, last):  # type: ignore[no-untyped-def]
-    """Kernel over parts of ROWS rows, of all heads' states one after the other."""
-    problem = carray(_argument(job), 1, STATE_SCAN)[0]
+@compiled
+def _scan_states(record, first, last):  # type: ignore[no-untyped-def]
+    """A part is ROWS rows of the heads' states one after the other, fewer in the last."""
+    problem = carray(pointer(record), 1, _STATE_SCAN)[0]
     columns, head_rows, head_rates = problem.columns, problem.head_rows, problem.head_rates
     rows, group_heads = problem.heads * head_rows, problem.heads // problem.groups
     for part in range(first, last):
@@ -162,12 +159,15 @@ def _advance_row(state, rates, head_rates, b, c, columns, step, scaled):  # type
     return total
 
 
+scan_states = Kernel(_scan_states, _STATE_SCAN)
+
 # Delta rule
 
 
-def scan_deltas(job, first, last):  # type: ignore[no-untyped-def]
-    """Kernel over parts of COLUMNS columns of a head's state, fewer in its last."""
-    problem = carray(_argument(job), 1, DELTA_SCAN)[0]
+@compiled
+def _scan_deltas(record, first, last):  # type: ignore[no-untyped-def]
+    """A part is COLUMNS columns of a head's state, fewer in the head's last."""
+    problem = carray(pointer(record), 1, _DELTA_SCAN)[0]
     rows, columns, heads, groups = problem.rows, problem.columns, problem.heads, problem.groups
     head_parts = (columns + COLUMNS - 1) // COLUMNS
     factors, change = np.empty(rows, np.float32), np.empty(COLUMNS, np.float32)
@@ -234,3 +234,6 @@ def _advance_columns(addresses, shape, is_delta, strength):  # type: ignore[no-u
             number = kept * numbers[column] + weight * changes[column]
             numbers[column] = number
             y[column] += read * number
+
+
+scan_deltas = Kernel(_scan_deltas, _DELTA_SCAN)
