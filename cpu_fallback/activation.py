@@ -25,7 +25,7 @@ def activate(gate: torch.Tensor, up: torch.Tensor | None, activation: str) -> to
         gate, up = (None if tensor is None else tensor.reshape(-1, width) for tensor in (gate, up))
     up_place = (0, 0) if up is None else (up.data_ptr(), up.stride(0))
     places = gate.data_ptr(), gate.stride(0), *up_place, output.data_ptr()
-    activation_kernel(activation)(len(gate), width, *places, width)
+    activation_kernel(activation)(gate.shape[0], width, *places, width)
     return output
 
 

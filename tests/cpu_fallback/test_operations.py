@@ -22,6 +22,7 @@ needs_numba = pytest.mark.skipif(not have_numba(), reason="needs Numba")
 def without_numba(monkeypatch):
     for module in MODULES.values():
         monkeypatch.setattr(module, "have_numba", lambda: False)
+    return monkeypatch
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -82,20 +83,35 @@ def test_attention_split_for_any_number_of_threads(case, workers, monkeypatch):
     assert relative_error(attend(*case), plain_attention(*case)) < 1e-6
 
 
-def test_norm_without_numba(without_numba):
-    x, delta, gain = normal(3, 100), normal(3, 100, seed=1), normal(100, seed=2)
-    expected = (x + delta).double()
-    expected = expected / (expected.square().mean(1, keepdim=True) + 1e-5).sqrt() * gain
-    assert relative_error(cpu_fallback.norm(x, gain, 1e-5, delta), expected) < 1e-6
+@needs_numba
+@pytest.mark.parametrize("centered", [False, True])
+def test_norm_without_numba(without_numba, centered):
+    """As with Numba, which the tests of parity compare with float64 NumPy."""
+    x, delta, gain = normal(3, 5, 20), normal(3, 5, 20, seed=1), normal(5, 20, seed=2)
+    bias, expected = normal(20, seed=3), x.clone()
+    cases = [(gain, bias), (gain[0], None), (None, None)]
+    by_numpy = [cpu_fallback.norm(x, a, 1e-5, delta, bias=b, centered=centered) for a, b in cases]
+    without_numba.undo()
+    for y, (a, b) in zip(by_numpy, cases, strict=True):
+        torch.testing.assert_close(y, cpu_fallback.norm(expected, a, 1e-5, delta, bias=b, centered=centered))
+    torch.testing.assert_close(x, expected)
 
 
-def test_swiglu_without_numba(without_numba):
-    gate, up = (100 * normal(2, 300)).chunk(2, dim=1)
-    torch.testing.assert_close(cpu_fallback.activate(gate, up, "silu"), torch.nn.functional.silu(gate) * up)
+@needs_numba
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_erf", "relu", "relu_squared", "swiglu_oai"])
+def test_activations_without_numba(without_numba, activation):
+    gate, up = (10 * normal(2, 3, 300)).chunk(2, dim=2)
+    cases = [(gate, up), (gate, None)]
+    by_torch = [cpu_fallback.activate(*case, activation) for case in cases]
+    without_numba.undo()
+    for y, case in zip(by_torch, cases, strict=True):
+        assert y.is_contiguous()
+        torch.testing.assert_close(y, cpu_fallback.activate(*case, activation), rtol=1e-5, atol=1e-30)
 
 
+@pytest.mark.parametrize("with_values", [False, True])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_rotary_without_numba(without_numba, interleaved):
+def test_rotary_without_numba(without_numba, interleaved, with_values):
     """Turning by +90 degrees swaps the numbers of a pair and negates the first."""
     q, k, v = normal(2, 3, 6), normal(2, 1, 6, seed=1), normal(2, 1, 5, seed=2)
     keys, values = torch.zeros(2, 1, 16, 6, dtype=torch.float16), torch.zeros(2, 1, 16, 5, dtype=torch.float16)
@@ -105,9 +121,11 @@ def test_rotary_without_numba(without_numba, interleaved):
         for left, right in pairs:
             x[..., left], x[..., right] = -before[..., right], before[..., left]
     slots = torch.tensor([17, 2])
-    cpu_fallback.rotary_and_cache(q, k, v, torch.zeros(2, 2), torch.ones(2, 2), keys, values, slots, interleaved)
+    targets = (keys, values) if with_values else (keys, None)
+    quarter = torch.zeros(2, 2), torch.ones(2, 2)
+    cpu_fallback.rotary_and_cache(q, k, v if with_values else None, *quarter, *targets, slots, interleaved)
     torch.testing.assert_close(q, expected_q)
-    for cache, written in ((keys, expected_k), (values, v)):
+    for cache, written in ((keys, expected_k), (values, v))[: 1 + with_values]:
         assert torch.equal(torch.stack([cache[1, :, 1], cache[0, :, 2]]), written.half())
         assert cache.count_nonzero() == written.numel()
 

@@ -15,6 +15,7 @@ import torch
 from trichord import triton_kernels
 
 TOKENS, HEADS, KV_HEADS, PAGE = 3, 8, 2, 64
+ACTIVATIONS = "silu", "gelu", "gelu_erf", "relu", "relu_squared", "swiglu_oai"
 
 
 def attention(size: int, precision: str) -> Callable[[], object]:
@@ -31,12 +32,13 @@ def attention(size: int, precision: str) -> Callable[[], object]:
     return call
 
 
-def rotary(interleaved: bool) -> Callable[[], object]:
+def rotary(interleaved: bool, with_values: bool = True) -> Callable[[], object]:
     """Partly rotated heads, slices of one product."""
     q, k, v = torch.zeros((TOKENS, HEADS + 2 * KV_HEADS, 80)).split([HEADS, KV_HEADS, KV_HEADS], dim=1)
     angles, cache = torch.zeros((TOKENS, 16)), torch.zeros((4, KV_HEADS, PAGE, 80), dtype=torch.float16)
     slots = torch.zeros(TOKENS, dtype=torch.int64)
-    return lambda: triton_kernels.rotary_and_cache(q, k, v, angles, angles, cache, cache, slots, interleaved)
+    v, values = (v, cache) if with_values else (None, None)
+    return lambda: triton_kernels.rotary_and_cache(q, k, v, angles, angles, cache, values, slots, interleaved)
 
 
 def recurrent() -> dict[str, Callable[[], object]]:
@@ -77,9 +79,13 @@ def launches(target: str) -> dict[str, Callable[[], object]]:
     calls = {
         "norm": lambda: triton_kernels.norm(x, x[0], 1e-5, x),
         "wide norm": lambda: triton_kernels.norm(wide, wide[0], 1e-5),
-        "swiglu": lambda: triton_kernels.activate(x, x, "silu"),
+        "layer norm": lambda: triton_kernels.norm(wide, None, 1e-5, bias=wide[0], centered=True),
+        "norm of heads": lambda: triton_kernels.norm(x.view(TOKENS, 32, 128)[:, 3:], x[0, :128], 1e-5),
+        **{name: lambda name=name: triton_kernels.activate(x, x, name) for name in ACTIVATIONS},
+        "gelu alone": lambda: triton_kernels.activate(x, None, "gelu"),
         "rotary": rotary(False),
         "interleaved rotary": rotary(True),
+        "keys alone": rotary(False, False),
     }
     for size in (128, 256) if target == "sm_90" else (256,):  # the widest asks for the most shared memory
         calls[f"attention {size} default"] = attention(size, "default")
