@@ -1,8 +1,9 @@
-"""Small vocabularies as GGUF files, and texts that a tokenizer may stumble over."""
+"""Small vocabularies as GGUF files, texts that a tokenizer may stumble over, and merging by its definition."""
 
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import gguf
@@ -67,3 +68,15 @@ def random_text(draw: random.Random, length: int) -> str:
         ),
     ]
     return "".join(draw.choice(pieces)() for _ in range(length))
+
+
+def merged_by_pairs(text: str, ranks: dict[tuple[str, str], int]) -> list[str]:
+    """Merging by a list of pairs as it is defined: over and over the first in the list, and the leftmost of it."""
+    symbols = list(text)
+    while True:
+        pairs = list(pairwise(symbols))
+        best = min((ranks[pair] for pair in pairs if pair in ranks), default=None)
+        if best is None:
+            return symbols
+        place = next(index for index, pair in enumerate(pairs) if ranks.get(pair) == best)
+        symbols[place : place + 2] = ["".join(pairs[place])]

@@ -14,7 +14,17 @@ import pytest
 import tokenizers
 from support import parity
 from tokenizers import models, normalizers, pre_tokenizers
-from vocabulary_files import BYTE, CONTROL, NORMAL, SPM_TOKENS, UNUSED, USER_DEFINED, bpe_tokens, random_text
+from vocabulary_files import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    SPM_TOKENS,
+    UNUSED,
+    USER_DEFINED,
+    bpe_tokens,
+    merged_by_pairs,
+    random_text,
+)
 
 from trichord.errors import RequestError, TokenizerError
 from trichord.gguf_file import GGUFFile
@@ -158,17 +168,6 @@ def test_bpe_merges_by_rank(name: str, seed: int) -> None:
 def merge_scores(name: str) -> dict[tuple[str, str], int]:
     merges = GGUFFile(parity(f"tokenizers/ggml-vocab-{name}.gguf")).metadata["tokenizer.ggml.merges"]
     return {tuple(line.split(" ")): rank for rank, line in enumerate(merges)}
-
-
-def merged_by_pairs(text: str, ranks: dict[tuple[str, str], int]) -> list[str]:
-    symbols = list(text)
-    while True:
-        pairs = list(pairwise(symbols))
-        best = min((ranks[pair] for pair in pairs if pair in ranks), default=None)
-        if best is None:
-            return symbols
-        place = next(index for index, pair in enumerate(pairs) if ranks.get(pair) == best)
-        symbols[place : place + 2] = ["".join(pairs[place])]
 
 
 def byte_letters() -> list[str]:
