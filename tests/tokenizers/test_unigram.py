@@ -160,9 +160,9 @@ def double_array(replacements: dict[str, str], draw: random.Random) -> bytes:
     def place(unit: int, prefix: bytes) -> None:
         labels = sorted({key[len(prefix)] for key in starts if key.startswith(prefix) and len(key) > len(prefix)})
         slots = [0, *labels] if prefix in starts else labels
-        base = next(
-            base for base in iter(lambda: draw.randrange(1, 1 << 13), 0) if all(base ^ s not in units for s in slots)
-        )
+        drawn = iter(lambda: draw.randrange(1, 1 << 13), 0)
+        base = next(base for base in drawn if base not in bases and all(base ^ slot not in units for slot in slots))
+        bases.add(base)
         offset = unit ^ base
         units[unit] |= (offset >> 8 << 10 | 1 << 9) if offset % 256 == 0 else offset << 10
         if prefix in starts:
