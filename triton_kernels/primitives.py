@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-
 import triton
 import triton.language as tl
 from triton.language.target_info import current_target
@@ -81,8 +79,6 @@ def look_up_8(codes, TABLE: tl.constexpr):
         return low, _byte_permute(TABLE[0], TABLE[1], _spread_nibbles(codes >> 16))
 
 
-# A code below 8 finds its byte in the first half of the table and a sign in the second, any other code the reverse. The
-# halves are such (`_halves`) that byte and sign make the entry by exclusive or.
 _TABLE_PTX = tl.constexpr(
     """{
         .reg .b32 other, upper, first, second;
@@ -94,27 +90,18 @@ _TABLE_PTX = tl.constexpr(
 )
 
 
-@triton.constexpr_function
-def _halves(table: tuple[int, ...]) -> tuple[int, ...]:
-    """Four words of signed bytes, those 8 apart of one sign -> the words whose bytes and signs combine to them.
-
-    Two bytes that are not negative combine with signs of zero. Of two negative ones the second is inverted: the sign of
-    the first inverts it back, and its own, now zero, leaves the first as it is.
-    """
-    first, second = struct.pack("<2i", *table[:2]), struct.pack("<2i", *table[2:])
-    assert all(a >> 7 == b >> 7 for a, b in zip(first, second, strict=True))
-    return struct.unpack("<4i", first + bytes(b ^ (a >> 7) * 255 for a, b in zip(first, second, strict=True)))
-
-
 @triton.jit
 def look_up_16(codes, TABLE: tl.constexpr):
-    """`look_up_8` with a table of 16 in four words, where bytes 8 apart have one sign."""
+    """`look_up_8` with a table of 16 in four words: codes up to 7 take a byte of the first two, the others of the last.
+
+    Each half gives a byte to its own codes and to the other's a sign, eight times over: the result is the exclusive or
+    of the two. So two bytes 8 apart must have one sign, and the second of two negative ones is stored inverted.
+    """
     if _architecture() == "cuda":
-        HALVES: tl.constexpr = _halves(TABLE)
         return tl.inline_asm_elementwise(
             _TABLE_PTX,
             "=&r,=r,r,r,r,r,r",
-            [codes, HALVES[0], HALVES[1], HALVES[2], HALVES[3]],
+            [codes, TABLE[0], TABLE[1], TABLE[2], TABLE[3]],
             dtype=(tl.int32, tl.int32),
             is_pure=True,
             pack=1,
@@ -129,7 +116,8 @@ def _look_up_spread(codes, TABLE: tl.constexpr):
     upper = ((codes >> 3) & 0x01010101) * 255
     first = _byte_permute(TABLE[0], TABLE[1], codes & 0x07070707)
     second = _byte_permute(TABLE[2], TABLE[3], codes & 0x07070707)
-    return first ^ ((first ^ second) & upper)
+    inverted = ((first >> 7) & 0x01010101) * 255
+    return first ^ ((first ^ second ^ inverted) & upper)
 
 
 @triton.jit

@@ -19,8 +19,13 @@ from trichord.triton_kernels.primitives import look_up_16
 
 
 def table_words(values: Sequence[int]) -> tuple[int, ...]:
-    """16 signed bytes, in the order of GGML's codes, as four words in the order of ours: what kernels take."""
-    return struct.unpack("<4i", struct.pack("<16b", *(values[_exchanged(code)] for code in range(16))))
+    """16 signed bytes in the order of GGML's codes -> four words as `primitives.look_up_16` takes them."""
+    ordered = [values[_exchanged(code)] for code in range(16)]
+    first, second = ordered[:8], ordered[8:]
+    if any((a < 0) != (b < 0) for a, b in zip(first, second, strict=True)):
+        raise ValueError("a table must have as many negative entries as look_up_16 can pair")
+    inverted = [b ^ (a >> 7) for a, b in zip(first, second, strict=True)]
+    return struct.unpack("<4i", struct.pack("<16b", *first, *inverted))
 
 
 def table_codes(codes: torch.Tensor) -> torch.Tensor:
