@@ -235,6 +235,35 @@ def test_delta_scan_takes_one_decay_for_all_tokens(backend):
 # All of them
 
 
+def test_work_is_shared_among_threads():
+    """Enough for the CPU's threads, in uneven parts: a long prompt beside single tokens."""
+    batch = Batch((1, 40, 1))
+    tokens = batch.tokens
+    check(
+        CPU,
+        batch,
+        lambda **tensors: CPU.operations.short_convolution(**tensors, activation="silu"),
+        lambda state, **own: convolution_oracle(state, **own, activation="silu"),
+        {"x": normal(tokens, 500)},
+        batch.states(500, 3),
+        kernel=normal(500, 4, seed=1),
+        bias=None,
+    )
+    x, steps = normal(tokens, 50, 4), positive(tokens, 50)
+    inputs = {"x": x, "step_sizes": steps, "b": normal(tokens, 2, 16), "c": normal(tokens, 2, 16, seed=1)}
+    check(CPU, batch, CPU.operations.state_scan, state_oracle, inputs, batch.states(50, 4, 16), rates=-positive(50, 16))
+    q, v, decay = normal(tokens, 3, 40) / 7, normal(tokens, 6, 72), -positive(tokens, 6, 40)
+    inputs = {"q": q, "k": q[::-1].copy(), "v": v, "decay": decay, "beta": positive(tokens, 6)}
+    check(
+        CPU,
+        batch,
+        CPU.operations.delta_scan,
+        lambda state, **own: delta_oracle(state, **own, tiled=False),
+        inputs,
+        batch.states(6, 40, 72),
+    )
+
+
 @pytest.mark.parametrize("name", ["short_convolution", "state_scan", "delta_scan"])
 def test_a_prompt_in_pieces_is_the_prompt(backend, name):
     """The same numbers exactly, whether the tokens come at once, in chunks or one by one beside another sequence."""
