@@ -92,7 +92,8 @@ class Operations(Protocol):
 
         A row is divided by its root mean square, or, `centered` (layer norm), by its standard deviation after its mean
         is subtracted; epsilon is added to the mean square or variance. gain, bias (K,), or (M, K) where row t takes
-        line t % M. The rows of residual may be strided; a tensor (T, H, D) is normalised head by head as (T * H, D).
+        line t % M. The rows of residual may be strided; a tensor (T, H, D), with any strides of tokens and heads, is
+        normalised head by head, as (T * H, D) is, into (T, H, D). The result is contiguous.
         """
 
     def rotary_and_cache(
