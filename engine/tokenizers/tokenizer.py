@@ -1,7 +1,8 @@
 """The tokenizer of a GGUF file: text to token ids and back, from the file's own vocabulary.
 
-The ids are those that llama.cpp gives for the same file and text, but for one thing: text never turns into a control
-token by chance of its merges, only where `parse_special` asks for it.
+The ids are those that llama.cpp gives for the same file and text, but for two things. Text never turns into a control
+token by chance of its merges, only where `parse_special` asks for it. And where llama.cpp simplifies what the model's
+own tokenizer does (upper and lower case beyond ASCII, accents, white space), the model's own counts.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ _NO_VOCABULARY = ("no_vocab", "none", "test")
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _MARKS = (TokenType.CONTROL, TokenType.UNKNOWN)
 _INVISIBLE = (*_MARKS, TokenType.UNUSED, TokenType.UNDEFINED)
+# gpt-oss tells the parts of an answer apart by these, so they belong to its text.
+_PART_MARKS = ("<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>")
 
 
 class Tokenizer:
@@ -97,7 +100,9 @@ class Tokenizer:
         add_bos = None if model.insists_on_bos else vocabulary.add_bos
         self._before = _added("bos", add_bos, model.adds_bos, self.bos_id, vocabulary.file_name)
         self._after = _added("eos", vocabulary.add_eos, model.adds_eos, self.eos_id, vocabulary.file_name)
-        self._invisible = frozenset(np.flatnonzero(np.isin(vocabulary.types, _INVISIBLE)).tolist())
+        invisible = set(np.flatnonzero(np.isin(vocabulary.types, _INVISIBLE)).tolist())
+        part_marks = {vocabulary.ids.get(text) for text in _PART_MARKS} - self.stop_ids
+        self._invisible = frozenset(invisible - part_marks)
         self._bytes: dict[int, bytes] = {}
         user_defined = vocabulary.ids_of(TokenType.USER_DEFINED)
         self._user_defined = SpecialTokens(user_defined, swallows)
