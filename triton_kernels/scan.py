@@ -1,7 +1,7 @@
 """Scans: layers that carry a matrix a head from token to token, and change it by each token in turn.
 
-A program keeps a tile of a state in registers from the sequence's first token to its last. What a tile holds meets no
-other tile: rows of the selective scan, columns of the delta rule.
+A program keeps a tile of a state in registers from the sequence's first token to its last, while the inputs of the next
+tokens are on their way. What a tile holds meets no other tile: rows of the selective scan, columns of the delta rule.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 TILE = 1024  # numbers of a state that a program of one warp holds: its sums wait for no other warp
+STAGES = tl.constexpr(3)  # tokens whose inputs are on the chip at once; without it each would cost a trip to the memory
 
 
 @triton.jit
@@ -64,7 +65,7 @@ def state_scan_kernel(
     c += first * c_token + group * c_group + column
     width = tl.num_programs(1) * group_rows
     output += first * width + row
-    for _ in range(first, last):
+    for _ in tl.range(first, last, num_stages=STAGES):
         step = tl.load(step_sizes, mask=is_row, other=0.0)
         scaled = step * tl.load(x, mask=is_row, other=0.0)
         added = tl.load(b, mask=is_column, other=0.0)
@@ -180,7 +181,7 @@ def delta_scan_kernel(
     if beta is not None:
         beta += first * beta_token + head
     output += (first * heads + head) * columns + column
-    for _ in range(first, last):
+    for _ in tl.range(first, last, num_stages=STAGES):
         query = tl.load(q, mask=is_row, other=0.0)
         key = tl.load(k, mask=is_row, other=0.0)
         change = tl.load(v, mask=is_column, other=0.0)

@@ -18,16 +18,22 @@ TOKENS, HEADS, KV_HEADS, PAGE = 3, 8, 2, 64
 ACTIVATIONS = "silu", "gelu", "gelu_erf", "relu", "relu_squared", "swiglu_oai"
 
 
-def attention(size: int, precision: str) -> Callable[[], object]:
-    """A prompt's chunk and a single token whose context is split: every kernel of attention."""
+def attention(
+    size: int, precision: str, dtype: torch.dtype = torch.float16, values: int = 0, **variant: object
+) -> Callable[[], object]:
+    """A prompt's chunk and a single token whose context is split: every kernel of attention.
+
+    With `values` these are that many last elements of the keys: a latent of one head.
+    """
     q = torch.zeros((TOKENS, HEADS, size))
-    cache = torch.zeros((4, KV_HEADS, PAGE, size), dtype=torch.float32 if precision == "exact" else torch.float16)
+    keys = torch.zeros((4, 1 if values else KV_HEADS, PAGE, size), dtype=dtype)
     tables = torch.zeros((1, 4), dtype=torch.int32)
     starts, lengths = torch.zeros(2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    paged = q, keys, keys[..., -values:] if values else keys.clone(), tables, starts, lengths
 
     def call() -> None:
         for max_query in (TOKENS, 1):
-            triton_kernels.attention(q, cache, cache, tables, starts, lengths, max_query, 1.0, precision)
+            triton_kernels.attention(*paged, max_query, 1.0, precision, **variant)
 
     return call
 
@@ -89,7 +95,13 @@ def launches(target: str) -> dict[str, Callable[[], object]]:
     }
     for size in (128, 256) if target == "sm_90" else (256,):  # the widest asks for the most shared memory
         calls[f"attention {size} default"] = attention(size, "default")
-    calls["attention 128 exact"] = attention(128, "exact")
+    calls["attention 128 exact"] = attention(128, "exact", torch.float32)
+    calls["attention latent default"] = attention(576, "default", values=512)
+    if target == "sm_90":
+        every = {"window": 100, "soft_cap": 50.0, "sinks": torch.zeros(HEADS), "slopes": torch.zeros(HEADS)}
+        calls["attention variants default"] = attention(128, "default", **every)
+        calls["attention latent exact"] = attention(576, "exact", torch.float32, values=512)
+        calls["attention 256 exact half"] = attention(256, "exact")
     return calls | recurrent()
 
 
@@ -112,13 +124,21 @@ def test_attention_launches_what_it_says(kernels):
         assert set(map(tuple, names.values())) == {("attention_kernel", "attention_kernel", "combine_kernel")}
 
 
+def test_scans_load_tokens_ahead(kernels):
+    """Every load of the loop over tokens is an asynchronous copy, which the copies for the first tokens precede."""
+    for call in recurrent().keys() - {"convolution"}:
+        (kernel,) = kernels["sm_90"][call]
+        before, *copies = kernel.asm.split("cp.async.commit_group")
+        assert "ld.global" in before and len(copies) >= 3 * 4 and "ld.global" not in "".join(copies), call
+
+
 @pytest.mark.parametrize("target, limit", [("sm_90", 227 * 1024), ("gfx942", 64 * 1024)])
 def test_shared_memory_suffices(kernels, target, limit):
     assert max(kernel.shared for calls in kernels[target].values() for kernel in calls) <= limit
 
 
 def test_exact_attention_multiplies_in_float32(kernels):
-    for kernel in kernels["sm_90"]["attention 128 exact"]:
+    for kernel in kernels["sm_90"]["attention 128 exact"] + kernels["sm_90"]["attention latent exact"]:
         assert "tf32" not in kernel.asm and "mma" not in kernel.asm
         assert "fma.rn.f32" in kernel.asm
     for kernel in kernels["gfx942"]["attention 128 exact"]:
