@@ -1,4 +1,4 @@
-"""The one place through which Numba compiles: lazily, onto the disk, for a set number of threads.
+"""The one place through which Numba compiles, lazily and onto the disk; and how many threads work.
 
 Numba is imported at the first call of a kernel (0.4 s), never at import. Where it is missing or broken, `have_numba()`
 is False and the callers take their NumPy route.
@@ -22,7 +22,6 @@ import platform
 import shutil
 import sys
 import tempfile
-import threading
 from importlib import metadata
 from math import ceil
 from pathlib import Path
@@ -35,8 +34,6 @@ KEPT_KEYS = 6
 """Cache directories that survive: a few environments or machines may share one home, edits of the sources pile up."""
 
 _log = logging.getLogger("trichord.compile")  # the name of each kernel, before and after it is compiled
-_region = threading.Lock()  # Numba's fallback thread pool aborts the process when two threads enter it
-_mask = threading.local()  # the thread count Numba knows for this thread: it keeps one for each
 _threads = 0
 
 
@@ -72,18 +69,14 @@ class Compiled:
         return self.dispatcher._numba_type_  # what a global of another kernel is to Numba
 
     def __call__(self, *arguments: Any) -> Any:
-        if not self._options.get("parallel"):
-            return self.dispatcher(*arguments)
-        with _region:
-            _apply_threads()
-            return self.dispatcher(*arguments)
+        return self.dispatcher(*arguments)
 
 
 def compiled(function: FunctionType | None = None, **options: Any) -> Any:
     """Decorator: compile with `numba.njit(**options)` at the first call, keep the machine code on disk.
 
-    With `parallel=True` the function runs on `threads()` threads and may be called from any Python thread; the GIL is
-    released meanwhile. The function must be a module's own (no closure), its qualified name unique in the module.
+    It runs on the calling thread without the GIL; `jobs` is what spreads work over threads. The function must be a
+    module's own (no closure), its qualified name unique in the module.
     """
     if function is None:
         return functools.partial(compiled, **options)
@@ -117,23 +110,21 @@ def _check_cachable(function: FunctionType) -> None:
 
 
 def threads() -> int:
-    """Threads that a parallel kernel or a matrix product uses; the machine is asked once, for asking reads files."""
+    """Threads that jobs use; the machine is asked once, for asking reads files."""
     global _threads
     _threads = _threads or default_threads()
     return _threads
 
 
 def set_threads(count: int) -> None:
-    """Use `count` threads from now on, in every Python thread, for Numba's kernels and torch's products alike."""
+    """Use `count` threads from now on, for jobs and torch's products alike."""
     global _threads
     if count < 1:
         raise ValueError(f"the number of threads must be at least 1, not {count}")
     import torch
 
-    with _region:
-        _threads = count
-        _apply_threads()  # first: starting Numba's pool changes the OpenMP setting it may share with torch
-        torch.set_num_threads(count)
+    _threads = count
+    torch.set_num_threads(count)
 
 
 def default_threads() -> int:
@@ -160,14 +151,6 @@ def _container_cpus(root: Path = Path("/sys/fs/cgroup")) -> float | None:
         quota, period = ((root / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         return int(quota) / int(period) if int(quota) > 0 else None
     return None
-
-
-def _apply_threads() -> None:
-    if getattr(_mask, "count", None) != (count := threads()) and have_numba():
-        import numba
-
-        numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
-        _mask.count = count
 
 
 # Disk
