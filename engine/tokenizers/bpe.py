@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
-from itertools import repeat
-from operator import contains
+from itertools import repeat, starmap
+from operator import concat, contains
 from typing import TYPE_CHECKING
 
 from trichord.errors import TokenizerError
@@ -122,14 +122,17 @@ def _merges(file: GGUFFile) -> list[tuple[str, str]]:
 def _merger(vocabulary: Vocabulary, merges: list[tuple[str, str]], byte_tokens: bool) -> BPE:
     from tokenizers.models import BPE  # here: the import takes longer than that of this whole module
 
-    try:
-        # Words are kept here, not there too.
-        return BPE(vocabulary.ids, merges, cache_capacity=0, byte_fallback=byte_tokens)
-    except Exception:  # of no particular class, and said in the library's own terms
-        pass
+    known = vocabulary.ids.__contains__
+    # The library itself refuses unknown parts, but does not survive an unknown result.
+    if all(map(known, starmap(concat, merges))):
+        try:
+            # Words are kept here, not there too.
+            return BPE(vocabulary.ids, merges, cache_capacity=0, byte_fallback=byte_tokens)
+        except Exception:  # of no particular class, and said in the library's own terms
+            pass
     for left, right in merges:
         for text in (left, right, left + right):
-            if text not in vocabulary.ids:
+            if not known(text):
                 raise TokenizerError(
                     f"{vocabulary.file_name}: the merge {left + ' ' + right!r:.80} needs the token {text!r:.80},"
                     " which is not in the vocabulary"

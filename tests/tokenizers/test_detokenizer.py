@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 from support import parity
+from vocabulary_files import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 
 from trichord.gguf_file import GGUFFile
 from trichord.tokenizers import Tokenizer
@@ -69,6 +70,37 @@ def test_in_all_it_is_what_decode_gives(name: str, skip_special: bool, continues
         detokenizer = own.detokenizer(skip_special, continues)
         text = "".join(map(detokenizer.add, ids)) + detokenizer.finish()
         assert text == own.decode(ids, skip_special, continues)
+
+
+ODD_TOKENS = [
+    ("<unk>", 0.0, UNKNOWN),
+    ("<s>", 0.0, CONTROL),
+    ("</s>", 0.0, CONTROL),
+    *((f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)),
+    *(
+        (text, -1.0, NORMAL)
+        for text in ["▁a", "Ġb", "Ã", "ð", "Ł", "ĺ", "\\xf0", "\\x9f\\x98", " c", "é", "\ue000", "a", "b", "ab"]
+    ),
+    ("<tag>", -1.0, USER_DEFINED),
+    ("", 0.0, NORMAL),
+]
+
+
+@pytest.mark.parametrize("skip_special", [True, False])
+@pytest.mark.parametrize(
+    "model", ["llama", "gpt2", "gemma4", "whitespace", "hybriddna", "t5", "plamo2", "rwkv", "bert"]
+)
+def test_any_ids_of_any_kind(load, model: str, skip_special: bool) -> None:
+    own = load(ODD_TOKENS, model=model, merges=["a b"], pre="gpt-2")
+    draw = random.Random(model)
+    for _ in range(100):
+        ids = [draw.randrange(own.n_vocab) for _ in range(draw.randrange(20))]
+        detokenizer = own.detokenizer(skip_special)
+        pieces = [*map(detokenizer.add, ids), detokenizer.finish()]
+        assert "".join(pieces) == own.decode(ids, skip_special)
+        # A character that is cut off mid-way comes only when its bytes are known to be none.
+        whole = b"".join(own.token_bytes(token) for token in ids).decode("utf-8", "replace")
+        assert skip_special or own.decode(ids, False, continues=True) == whole
 
 
 @pytest.mark.parametrize(

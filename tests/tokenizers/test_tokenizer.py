@@ -442,6 +442,7 @@ GOOD_BPE = {"model": "gpt2", "merges": ["a b"], "pre": "gpt-2"}
         (bpe_tokens("ab"), {**GOOD_BPE, "merges": ["a b c", "ab"]}, "merge 'a b c' is not two tokens"),
         (bpe_tokens("ab"), {**GOOD_BPE, "merges": ["a b", "a c"]}, "merge 'a c' needs the token 'ac'"),
         (bpe_tokens("ab"), {**GOOD_BPE, "merges": ["a b", "ab zz"]}, "merge 'ab zz' needs the token 'zz'"),
+        (bpe_tokens("ab"), {**GOOD_BPE, "merges": ["a b", "ab ab"]}, "merge 'ab ab' needs the token 'abab'"),
         (bpe_tokens("ab"), {**GOOD_BPE, "merges": [1, 2]}, "'tokenizer.ggml.merges' is not an array of strings"),
         (bpe_tokens("ab"), {**GOOD_BPE, "pre": 3}, "tokenizer.ggml.pre"),
     ],
