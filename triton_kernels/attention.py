@@ -221,7 +221,7 @@ def _tile(widest: int, key_bytes: int, group: int, single: bool, precision: str)
     elif precision == "exact":  # without tensor cores every thread holds whole rows of its operands
         rows, keys, warps, stages = 16, 16, 8, 2
     elif widest > 256:
-        rows, keys, warps, stages = min(fewest_rows, 32) if single else 32, 32, 8, 2
+        rows, warps, stages = min(fewest_rows, 32) if single else 32, 8, 2
     elif single:
         rows, warps, stages = fewest_rows, 4, 3
     else:

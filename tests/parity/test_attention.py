@@ -12,6 +12,9 @@ from support import relative_error
 
 from trichord.dispatch import Operations, operations
 
+# Triton's interpreter computes rows of a tile that belong to no query: 0 / 0, and log(0), never stored.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered:RuntimeWarning")
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -73,7 +76,7 @@ class Case:
         return seen
 
 
-MIXED = (17, 17), (1, 16), (2, 63), (1, 130), (70, 150)
+MIXED = (17, 17), (1, 16), (1, 130), (30, 75)
 
 CASES = [
     Case(((1, 1),), 1, 1, 64, 64, 16),
@@ -90,7 +93,7 @@ CASES = [
 
 
 HALF = torch.float16
-LATENT = Case(MIXED[:3], 16, 1, 576, 512, 64, HALF, latent=64)
+LATENT = Case(((17, 17), (1, 16), (2, 63)), 16, 1, 576, 512, 64, HALF, latent=64)
 CASES += [
     LATENT,
     Case(((1, 70), (3, 5)), 8, 1, 72, 64, 16, HALF, latent=0),
@@ -99,7 +102,7 @@ CASES += [
     Case(((1, 33), (18, 40)), 4, 2, 256, 256, 64, HALF),
     Case(((1, 33), (3, 9)), 3, 1, 576, 512, 16),
 ]
-CASES += [
+VARIANTS = [
     Case(MIXED, heads, kv_heads, size, size, page, HALF, variant=variant)
     for (heads, kv_heads, size, page), variant in zip(
         itertools.cycle([(4, 2, 64, 16), (3, 1, 48, 64), (2, 2, 80, 16)]),
@@ -116,12 +119,15 @@ CASES += [
             {"sinks": True},
             {"slopes": True},
             {"slopes": True, "causal": False},
-            {"window": 40, "soft_cap": 2.5, "sinks": True, "slopes": True},
         ],
         strict=False,
     )
 ]
-CASES += [replace(LATENT, variant={"window": 50, "sinks": True})]
+ALL_AT_ONCE = {"window": 40, "soft_cap": 2.5, "sinks": True, "slopes": True}
+CASES += [
+    replace(LATENT, variant={"window": 50, "sinks": True}),
+    Case(MIXED, 4, 2, 64, 64, 16, HALF, None, ALL_AT_ONCE),
+]
 
 
 def attention_inputs(case: Case, backend: Backend):
@@ -197,8 +203,11 @@ def attend(backend: Backend, case: Case, arguments: tuple, precision: str) -> to
 
 
 @both
-@pytest.mark.parametrize("precision", ["exact", "default"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case, precision",
+    [*itertools.product(CASES, ["exact", "default"]), *((case, "exact") for case in VARIANTS)],
+    ids=str,
+)
 def test_attention(backend, case, precision):
     arguments, q, contexts, starts = attention_inputs(case, backend)
     y = attend(backend, case, arguments, precision)
