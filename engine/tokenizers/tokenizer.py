@@ -56,7 +56,7 @@ class TokenizerModel(Protocol):
         """The bytes that a normal token of this text stands for."""
 
 
-_MODELS: dict[str, type[TokenizerModel]] = {
+MODELS: dict[str, type[TokenizerModel]] = {
     "llama": SentencePiece,
     "gpt2": BytePairEncoding,
     "gemma4": BytePairEncoding,
@@ -116,10 +116,10 @@ class Tokenizer:
         """
         try:
             model = file.get("tokenizer.ggml.model", str, "none")
-            if model not in _MODELS:
+            if model not in MODELS:
                 _refuse(file.path.name, model)
-            vocabulary = Vocabulary.from_gguf(file, _MODELS[model].default_ids(file))
-            return cls(vocabulary, _MODELS[model](vocabulary, file), SwallowedSpace.from_gguf(file, vocabulary))
+            vocabulary = Vocabulary.from_gguf(file, MODELS[model].default_ids(file))
+            return cls(vocabulary, MODELS[model](vocabulary, file), SwallowedSpace.from_gguf(file, vocabulary))
         except GGUFError as error:
             raise TokenizerError(str(error)) from None
 
@@ -207,7 +207,7 @@ def _refuse(file_name: str, model: str) -> NoReturn:
     if model in _NO_VOCABULARY:
         raise TokenizerError(f"{file_name}: the file has no tokenizer that can be used; give token ids instead of text")
     raise TokenizerError(
-        f"{file_name}: the tokenizer model {model!r:.80} is not supported ({', '.join(_MODELS)} are);"
+        f"{file_name}: the tokenizer model {model!r:.80} is not supported ({', '.join(MODELS)} are);"
         " give token ids instead of text"
     )
 

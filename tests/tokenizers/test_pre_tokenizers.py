@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 import re
 import unicodedata
+from pathlib import Path
 
 import pytest
 from tokenizers import Regex, pre_tokenizers
 from vocabulary_files import random_text
 
 from trichord.tokenizers.pre_tokenizers import PRE_TOKENIZERS
+from trichord.tokenizers.tokenizer import MODELS
 
 CASELESS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 KIMI_UPPER, KIMI_LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
@@ -136,3 +138,24 @@ def test_no_text_takes_quadratic_time(name: str) -> None:
         text = run * 40_000 + end
         words = "".join(PRE_TOKENIZERS[name].split(text))
         assert words == "".join(text.split()) if name == "whitespace" else len(words) == len(text)
+
+
+def test_the_documentation_has_every_row() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "tokenizers.md").read_text(encoding="utf-8")
+    table = page[page.index("| names |") :].splitlines()[2:]
+    columns = [line.strip("| ").split("|") for line in table]
+    written = {frozenset(re.findall("`([^`]+)`", names)): flags.strip() for names, flags, _ in columns}
+    rows: dict[int, list[str]] = {}
+    for name, row in PRE_TOKENIZERS.items():
+        rows.setdefault(id(row), []).append(name)
+    flags = {"begins": "adds_bos", "whole": "whole_words"}
+    assert written == {
+        frozenset(names): ", ".join(word for word, flag in flags.items() if getattr(PRE_TOKENIZERS[names[0]], flag))
+        for names in rows.values()
+    }
+
+
+def test_the_documentation_has_every_kind() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "tokenizers.md").read_text(encoding="utf-8")
+    first_cells = "".join(re.findall(r"^\|([^|]*)\|", page[: page.index("## ")], re.MULTILINE)[2:])
+    assert set(re.findall("`([^`]+)`", first_cells)) == {*MODELS, "none", "no_vocab"}
