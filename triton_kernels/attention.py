@@ -219,7 +219,7 @@ def _tile(widest: int, key_bytes: int, group: int, single: bool, precision: str)
     if triton.knobs.runtime.interpret:  # it runs one program after another at a high price each
         rows, keys, warps, stages = fewest_rows if single else 128, 32, 1, 1
     elif precision == "exact":  # without tensor cores every thread holds whole rows of its operands
-        rows, keys, warps, stages = 16, 16, 8, 2
+        rows, keys, warps, stages = 16, 16, 8, 1
     elif widest > 256:
         rows, warps, stages = min(fewest_rows, 32) if single else 32, 8, 2
     elif single:
