@@ -7,7 +7,7 @@ import contextlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -100,27 +100,31 @@ class _Conversation:
             with contextlib.suppress(ImportError):  # Windows has none; importing it is all it takes
                 import readline  # noqa: F401
             _note("/help lists the commands; Ctrl-D leaves.")
-        for text in self._turns():
-            self._failed |= not self._take(text)
-            if self._left:
-                break
+        while not self._left:
+            try:
+                self._take(self._turn())
+            except TrichordError as error:
+                sys.stdout.flush()
+                _note(f"trichord: error: {shared.in_options(str(error))}")
+                self._failed = True
+            except KeyboardInterrupt:
+                if not self._interactive:
+                    raise
+                _note("\nCtrl-D leaves.")
         return int(self._failed and not self._interactive)
 
-    def _take(self, text: str) -> bool:
-        """One turn or command; whether it succeeded."""
-        command = _COMMAND.fullmatch(text)
-        try:
-            if command is None:
+    def _take(self, text: str | None) -> None:
+        """One turn or command; None, the end of the input, leaves."""
+        command = _COMMAND.fullmatch(text or "")
+        if text is None:
+            self._left = True
+        elif command is None:
+            if text.strip():
                 self._answer(text)
-            elif command[1] in _COMMANDS:
-                _COMMANDS[command[1]].act(self, (command[2] or "").strip())
-            else:
-                raise RequestError(f"{command[1]} is no command: /help lists them.")
-        except TrichordError as error:
-            sys.stdout.flush()
-            _note(f"trichord: error: {shared.in_options(str(error))}")
-            return False
-        return True
+        elif command[1] in _COMMANDS:
+            _COMMANDS[command[1]].act(self, (command[2] or "").strip())
+        else:
+            raise RequestError(f"{command[1]} is no command: /help lists them.")
 
     def _answer(self, text: str) -> None:
         on_terminal = sys.stdout.isatty()
@@ -133,21 +137,6 @@ class _Conversation:
                     raise
                 print(" [interrupted]", end="")
         print(flush=True)
-
-    def _turns(self) -> Iterator[str]:
-        """The texts that are entered, each of one line or several, without those that are blank."""
-        while True:
-            try:
-                text = self._turn()
-            except KeyboardInterrupt:
-                if not self._interactive:
-                    raise
-                _note("\nCtrl-D leaves.")
-                continue
-            if text is None:
-                return
-            if text.strip():
-                yield text
 
     def _turn(self) -> str | None:
         """The next text; None at the end of the input."""
