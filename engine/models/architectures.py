@@ -8,7 +8,7 @@ llama.cpp, which define what a GGUF file of an architecture means.
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from trichord.dispatch import Activation, Gating
@@ -17,9 +17,11 @@ from trichord.errors import ModelError
 
 @dataclass(frozen=True)
 class Routing:
-    """How tokens choose their experts. True: the file's metadata says; else the value itself."""
+    """How tokens choose their experts, and what becomes of these."""
 
-    gating: Gating | Literal[True] = "softmax"
+    gating: Gating = "softmax"
+    gating_told: bool = False
+    """Whether the metadata's expert_gating_func counts, if there is one."""
     normalize: bool | None = False
     """Whether the weights of the chosen experts are divided by their sum; None: the file's metadata says."""
     scaled: bool = False
@@ -28,6 +30,30 @@ class Routing:
     """Whether experts are chosen within the best groups of the metadata's expert_group_count."""
     weights_first: bool = False
     """Whether an expert's input, not its output, is multiplied by its weight."""
+    early: bool = False
+    """Whether the router reads the layer's input, before its norm, instead of what the experts read."""
+    clamp: float | None = None
+    """The bound of the experts' activations and of what gates them, unless the metadata has one (swiglu_clamp_exp)."""
+    company: float | None = 1.0
+    """What the sum of the experts and of a network for all tokens beside them (a shared one, or a dense one) is
+    multiplied by."""
+    dense: bool = False
+    """Whether a dense network of the same layer works beside the experts; otherwise the file's is not used."""
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """Queries grow with their position p, by 1 + scale * log(1 + floor((p + offset) / length)).
+
+    The metadata's attention.temperature_scale and temperature_length count where they are there.
+    """
+
+    scale: float = 0.0
+    length: int = 0
+    """0: the context before it was stretched."""
+    offset: int = 0
+    unrotated: bool = False
+    """Only queries of layers without rotation grow."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +74,7 @@ class Architecture:
     unused: tuple[str, ...] = ()
     """Tensors below a layer's prefix (or below none) that llama.cpp accepts in a file and does not use."""
 
-    # Norms: tensors' names, of which the first that the file has counts; none of them, no norm.
+    # Norms: tensors' names, of which the first that the file has counts; no names, no norm; BARE, one without tensors.
     norm: Literal["rms", "layer"] = "rms"
     embedding_norm: tuple[str, ...] = ()
     output_norm: tuple[str, ...] = ("output_norm",)
@@ -56,8 +82,8 @@ class Architecture:
     attention_post_norm: tuple[str, ...] = ()
     feed_forward_norm: tuple[str, ...] = ("ffn_norm",)
     feed_forward_post_norm: tuple[str, ...] = ()
-    bare_norms: bool = False
-    """Norms have no tensors at all."""
+    post_norm_epsilon: float | None = None
+    """The epsilon of the norms after the blocks; None: that of all norms."""
     parallel: bool | Literal["metadata", "without_norm"] = False
     """The feed-forward network reads the layer's input instead of the attention's output ("without_norm": where it
     has no norm of its own)."""
@@ -66,26 +92,39 @@ class Architecture:
     rotary: Literal["interleaved", "halves", "none"] = "halves"
     """Pairs (2i, 2i+1), or (i, i + R/2), or positions enter in another way."""
     unrotated: Literal["never", "full_attention"] | int = "never"
-    """Layers without rotation: those without a window, or every n-th."""
+    """Layers without rotation: those without a window, or every n-th; none in models without windows."""
+    dense_rotated: bool = False
+    """The leading layers without experts turn in any case."""
     window_every: int = 0
     """Of so many layers all but the last see a sliding window (1: all do); 0: none. The metadata may say otherwise."""
+    full_attention_first: bool = False
+    """Of so many layers the first, not the last, sees everything."""
+    window_size: int = 0
+    """The size of the window where the metadata has none."""
     window_chunked: bool = False
     """A window does not slide but starts anew at every multiple of its size."""
     window_base: float | None = None
-    """Layers with a window turn unstretched, by this base if the metadata has none (0: the model's); None: as all."""
+    """Layers with a window turn unstretched, by this base if the metadata has none (0: the model's); None: as all, but
+    by the metadata's base for them."""
     head_norm: Literal["rms", "layer"] = "rms"
     head_norm_last: bool = False
     """Queries and keys are normalised after the rotation."""
+    bare_head_norm: bool = False
+    """Queries and keys of layers with rotation are normalised also where the file has no gain for them."""
+    temperature: Temperature | None = None
     gated_queries: bool = False
     """The query projection holds a gate beside each head's query, which scales the attention's result."""
     latent: bool = False
     """Multi-head latent attention where the file has its tensors (attn_kv_a_mqa)."""
-    attention_scale: Literal["root", "inverse", "metadata"] = "root"
-    """Scores are divided by the root of the head's size, by the size, or multiplied by the metadata's number."""
+    attention_scale: Literal["root", "inverse", "root_share", "metadata"] = "root"
+    """Scores are divided by the root of the head's size, by the size, by the root of a head's share of the embedding,
+    or multiplied by the metadata's number, if it has one."""
     clamped: bool = False
     alibi: bool = False
-    soft_caps: bool = False
-    """Attention scores and logits are capped, by the metadata's attn_ and final_logit_softcapping."""
+    attention_soft_cap: float | None = None
+    """Attention scores are capped by the metadata's attn_logit_softcapping, or this; None: never. 0: not by default."""
+    logit_soft_cap: float | None = None
+    """The same of logits, by its final_logit_softcapping."""
     causal: bool = True
 
     # Feed-forward
@@ -100,12 +139,20 @@ class Architecture:
     # The stream
     learned_positions: bool = False
     """The embedding of a token's position (position_embd), where the file has one, is added to its own."""
-    embedding_scale: float | Literal["sqrt_width", "metadata"] | None = None
-    residual_scale: bool = False
+    embedding_scale: float | Literal["sqrt_width"] | None = None
+    """Embeddings are multiplied by the metadata's embedding_scale, or by this."""
+    embedding_skip: bool = False
+    """Every layer adds the (normalised) embedding, times its layer_output_scale."""
+    residual_scale: float | None = None
+    """Contributions to the stream are multiplied by the metadata's residual_scale, or by this / sqrt(layers)."""
     logit_scale: Literal["multiply", "divide"] | None = None
+    """What happens to the logits with the metadata's logit_scale."""
+    logit_scale_default: float = 1.0
 
 
+BARE = ("bare",)
 _LAYER_NORM: dict[str, Any] = {"norm": "layer"}
+_BARE_NORMS: dict[str, Any] = {"attention_norm": BARE, "feed_forward_norm": BARE, "output_norm": BARE}
 _GATED_GELU: dict[str, Any] = {"activation": "gelu", "embedding_scale": "sqrt_width"}
 _POST_NORMS: dict[str, Any] = {
     "attention_post_norm": ("post_attention_norm",),
@@ -116,8 +163,8 @@ _SECOND_NORM_BY_PLACE: dict[str, Any] = {"feed_forward_norm": ("post_attention_n
 _PAIRED: dict[str, Any] = {"rotary": "interleaved"}
 _GRANITE: dict[str, Any] = {
     **_PAIRED,
-    "embedding_scale": "metadata",
-    "residual_scale": True,
+    "embedding_scale": 1.0,
+    "residual_scale": 0.0,
     "logit_scale": "divide",
     "attention_scale": "metadata",
     "experts": Routing(normalize=True),
@@ -133,33 +180,44 @@ _COHERE: dict[str, Any] = {
 _OUTPUT_BIAS = ("attn_output.bias",)
 _BIASES = (*_OUTPUT_BIAS, "ffn_gate.bias", "ffn_up.bias", "ffn_down.bias")
 _NORMALIZED = Routing(normalize=True)
-_DEEPSEEK = Routing(gating=True, normalize=None, scaled=True)
+_TOLD = Routing(gating_told=True, normalize=None, scaled=True)
+_TOLD_OR_SIGMOID = Routing("sigmoid", gating_told=True, normalize=None, scaled=True)
 
 ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
-        Architecture(
-            "afmoe", **_POST_NORMS, window_every=4, embedding_scale="sqrt_width", experts=_DEEPSEEK, unrotated=4
-        ),
+        Architecture("afmoe", **_POST_NORMS, window_every=4, embedding_scale="sqrt_width", experts=_TOLD, unrotated=4),
         Architecture("arcee", **_PAIRED, activation="relu_squared"),
+        Architecture("arctic", **_PAIRED, experts=Routing(normalize=True, dense=True)),
         Architecture(
             "baichuan",
             rotary="none",
             refined=(Refinement("block_count", 32, _PAIRED), Refinement("block_count", 40, {"alibi": True})),
         ),
         Architecture("bailingmoe", **_PAIRED, experts=Routing(normalize=None, scaled=True)),
-        Architecture("bailingmoe2", experts=Routing(gating=True, normalize=None, scaled=True, grouped=True)),
+        Architecture("bailingmoe2", experts=replace(_TOLD_OR_SIGMOID, grouped=True)),
         Architecture(
             "bloom", **_LAYER_NORM, rotary="none", alibi=True, activation="gelu", embedding_norm=("token_embd_norm",)
         ),
         Architecture("chatglm", **_PAIRED),
         Architecture("codeshell", **_LAYER_NORM, activation="gelu"),
+        Architecture("cogvlm", unused=("rope_freqs.weight",)),
         Architecture("command-r", **_COHERE),
         Architecture("cohere2", **_COHERE, window_every=4, unrotated="full_attention"),
+        Architecture(
+            "cohere2moe",
+            **_COHERE,
+            window_every=4,
+            full_attention_first=True,
+            unrotated="full_attention",
+            dense_rotated=True,
+            experts=replace(_TOLD_OR_SIGMOID, company=0.5),
+            refined=(Refinement("attention.layer_norm_rms_epsilon", None, {"norm": "rms"}),),
+        ),
         Architecture("dbrx", **_LAYER_NORM, clamped=True, feed_forward_norm=("attn_output_norm",), experts=_NORMALIZED),
         Architecture("deci", **_PAIRED),
         Architecture("deepseek", **_PAIRED, experts=Routing(scaled=True)),
-        Architecture("dots1", experts=_DEEPSEEK),
+        Architecture("dots1", experts=_TOLD),
         Architecture("dream", causal=False, unused=("output.bias",)),
         Architecture("ernie4_5", **_PAIRED, unused=_OUTPUT_BIAS),
         Architecture("ernie4_5-moe", **_PAIRED, experts=Routing(normalize=True, scaled=True), unused=_OUTPUT_BIAS),
@@ -170,7 +228,7 @@ ARCHITECTURES = {
             unrotated="full_attention",
             refined=(Refinement("block_count", 64, {"window_every": 4}),),
         ),
-        Architecture("exaone-moe", window_every=4, unrotated="full_attention", experts=_DEEPSEEK),
+        Architecture("exaone-moe", window_every=4, unrotated="full_attention", experts=_TOLD),
         Architecture(
             "falcon",
             **_LAYER_NORM,
@@ -181,10 +239,22 @@ ARCHITECTURES = {
         ),
         Architecture("gemma", **_GATED_GELU),
         Architecture(
-            "gemma2", **_GATED_GELU, **_POST_NORMS, window_every=2, soft_caps=True, attention_scale="metadata"
+            "gemma2",
+            **_GATED_GELU,
+            **_POST_NORMS,
+            window_every=2,
+            attention_soft_cap=50.0,
+            logit_soft_cap=30.0,
+            refined=(Refinement("block_count", 46, {"attention_scale": "root_share"}),),
         ),
         Architecture(
-            "gemma3", **_GATED_GELU, **_POST_NORMS, window_every=6, window_base=1e4, attention_scale="metadata"
+            "gemma3",
+            **_GATED_GELU,
+            **_POST_NORMS,
+            window_every=6,
+            window_base=1e4,
+            logit_soft_cap=0.0,
+            refined=(Refinement("block_count", 62, {"attention_scale": "root_share"}),),
         ),
         Architecture(
             "glm4",
@@ -192,7 +262,7 @@ ARCHITECTURES = {
             **_POST_NORMS,
             refined=(Refinement("rope.dimension_sections", None, {"rotary": "halves"}),),
         ),
-        Architecture("glm4moe", **_SECOND_NORM_BY_PLACE, experts=_DEEPSEEK),
+        Architecture("glm4moe", **_SECOND_NORM_BY_PLACE, experts=_TOLD),
         Architecture("gpt2", **_LAYER_NORM, rotary="none", learned_positions=True, activation="gelu"),
         Architecture(
             "gpt-oss",
@@ -205,27 +275,62 @@ ARCHITECTURES = {
         Architecture("granite", **_GRANITE),
         Architecture("granitemoe", **_GRANITE),
         Architecture("granite_swa", **_GRANITE, window_every=4),
+        Architecture(
+            "grok",
+            attention_post_norm=("attn_output_norm",),
+            feed_forward_post_norm=("layer_output_norm", "post_ffw_norm"),
+            attention_scale="metadata",
+            attention_soft_cap=30.0,
+            logit_soft_cap=0.0,
+            activation="gelu",
+            experts=Routing(normalize=True, scaled=True, dense=True, company=0.5**0.5),
+            embedding_scale="sqrt_width",
+            logit_scale="multiply",
+            logit_scale_default=3**-0.5,
+        ),
         Architecture("hunyuan-dense", head_norm_last=True),
         Architecture("hunyuan-moe", head_norm_last=True, experts=_NORMALIZED),
         Architecture("hunyuan_vl", head_norm_last=True),
+        Architecture("hy_v3", experts=_TOLD_OR_SIGMOID),
         Architecture("internlm2", **_PAIRED),
         Architecture("jais", **_LAYER_NORM, rotary="none", alibi=True, attention_scale="inverse"),
         Architecture("jais2", **_LAYER_NORM, activation="relu_squared"),
         Architecture("llada", **_PAIRED, causal=False, unused=(*_BIASES, "rope_freqs.weight")),
         Architecture("llada-moe", causal=False),
         Architecture("llama", **_PAIRED, experts=_NORMALIZED),
+        Architecture(
+            "llama4",
+            **_PAIRED,
+            window_every=4,
+            window_size=8192,
+            window_chunked=True,
+            unrotated=4,
+            head_norm_last=True,
+            bare_head_norm=True,
+            temperature=Temperature(scale=0.1, length=8192, offset=1, unrotated=True),
+            attention_scale="metadata",
+            experts=Routing("sigmoid", scaled=True, weights_first=True),
+            refined=(Refinement("expert_count", 128, {"bare_head_norm": False}),),
+        ),
         Architecture("maincoder", rotary="interleaved", head_norm_last=True),
+        Architecture("maple", window_every=1, unrotated="full_attention", experts=Routing(normalize=True, clamp=7.0)),
         Architecture("mellum", experts=_NORMALIZED, window_every=4, window_base=0.0),
+        Architecture("mimo2", window_every=1, window_base=1e4, experts=Routing("sigmoid", normalize=True, scaled=True)),
         Architecture(
             "minicpm",
             **_PAIRED,
-            embedding_scale="metadata",
-            residual_scale=True,
+            embedding_scale=12.0,
+            residual_scale=1.4,
             logit_scale="divide",
             experts=_NORMALIZED,
+            # Early files of the models with 1B and 2B parameters have no scales.
+            refined=(
+                Refinement("embedding_length", 1536, {"logit_scale_default": 6.0}),
+                Refinement("embedding_length", 2304, {"logit_scale_default": 9.0}),
+            ),
         ),
-        Architecture("minimax-m2", experts=Routing(gating=True, normalize=True)),
-        Architecture("mistral3", **_PAIRED, experts=_NORMALIZED),
+        Architecture("minimax-m2", experts=Routing(gating_told=True, normalize=True)),
+        Architecture("mistral3", **_PAIRED, temperature=Temperature(), experts=_NORMALIZED),
         Architecture(
             "mpt",
             **_LAYER_NORM,
@@ -237,9 +342,20 @@ ARCHITECTURES = {
             activation="gelu",
             unused=("attn_k_norm.weight",),
         ),
+        Architecture(
+            "muse-glimmer",
+            **_POST_NORMS,
+            embedding_norm=BARE,
+            post_norm_epsilon=1e-8,
+            window_every=4,
+            window_base=0.0,
+            unrotated="full_attention",
+            logit_scale="multiply",
+            logit_soft_cap=30.0,
+        ),
         Architecture("nanbeige", **_PAIRED),
         Architecture("nemotron", **_LAYER_NORM, activation="relu_squared"),
-        Architecture("olmo", **_LAYER_NORM, **_PAIRED, bare_norms=True, clamped=True),
+        Architecture("olmo", **_LAYER_NORM, **_PAIRED, **_BARE_NORMS, clamped=True),
         Architecture("olmo2", **_ONLY_POST_NORMS, window_every=4, window_base=0.0),
         Architecture("olmoe"),
         Architecture("openelm"),
@@ -252,6 +368,8 @@ ARCHITECTURES = {
         Architecture("phi3"),
         Architecture("phimoe", experts=_NORMALIZED),
         Architecture("plamo", parallel=True, feed_forward_norm=()),
+        Architecture("plamo3", **_POST_NORMS, window_every=8, window_base=1e4),
+        Architecture("pockettts", **_LAYER_NORM, **_PAIRED, activation="gelu_erf"),
         Architecture("qwen"),
         Architecture("qwen2"),
         Architecture("qwen2moe"),
@@ -263,10 +381,28 @@ ARCHITECTURES = {
         Architecture("refact", rotary="none", alibi=True, unused=_BIASES),
         Architecture("rnd1", causal=False, experts=_NORMALIZED),
         Architecture("seed_oss", **_SECOND_NORM_BY_PLACE),
+        Architecture(
+            "smallthinker",
+            window_every=4,
+            full_attention_first=True,
+            unrotated="full_attention",
+            activation="relu",
+            experts=Routing(gating_told=True, normalize=True, scaled=True, early=True),
+        ),
         Architecture("smollm3", **_PAIRED, unrotated=4),
+        Architecture("spark2_5", window_every=1, activation="gelu"),
         Architecture("stablelm", **_LAYER_NORM, parallel="without_norm", head_norm="layer"),
         Architecture("starcoder", **_LAYER_NORM, rotary="none", learned_positions=True, activation="gelu"),
         Architecture("starcoder2", **_LAYER_NORM, activation="gelu"),
+        Architecture(
+            "talkie",
+            **_BARE_NORMS,
+            embedding_norm=BARE,
+            head_norm_last=True,
+            bare_head_norm=True,
+            embedding_skip=True,
+            logit_scale="multiply",
+        ),
         Architecture("xverse", **_PAIRED),
     )
 }

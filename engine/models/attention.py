@@ -6,7 +6,7 @@ import torch
 
 from trichord.cache import KeyValueCache, KeyValueSpec
 from trichord.models.config import LayerConfig, ModelConfig
-from trichord.models.linear import TensorSource, project
+from trichord.models.linear import Linear, TensorSource, project
 from trichord.models.norm import Norm
 from trichord.models.step import Step
 from trichord.rotary import rotated
@@ -30,18 +30,22 @@ class Attention:
                 source.linear(name, width, config.hidden_size) for name, width in zip(names, self.widths, strict=True)
             ]
         mixed = layer.heads * layer.value_size
-        self.output_gate = source.linear("attn_gate", mixed, config.hidden_size) if source.has("attn_gate") else None
+        self.output_gate = self._gate(source, config, mixed)
         self.output = source.linear("attn_output", config.hidden_size, mixed)
         self.head_norms = [
             Norm.of_heads(source, "attn_q_norm", layer.heads, layer.head_size, config),
             Norm.of_heads(source, "attn_k_norm", layer.kv_heads, layer.head_size, config),
         ]
+        if architecture.bare_head_norm and not layer.rotary:
+            self.head_norms = [None, None]
         self.sinks = source.optional_vector("attn_sinks.weight", layer.heads)
         self.slopes = (
             alibi_slopes(layer.heads, config.alibi_bias).to(source.place.device) if config.alibi_bias else None
         )
         power = -1.0 if architecture.attention_scale == "inverse" else -0.5
         self.scale = config.attention_scale or layer.head_size**power
+        growing = config.temperature and not (config.temperature.unrotated and layer.rotary)
+        self.temperature = config.temperature if growing else None
         self.cache = KeyValueSpec(layer.kv_heads, layer.head_size, layer.value_size)
 
     def forward(self, x: torch.Tensor, step: Step, cache: KeyValueCache) -> torch.Tensor:
@@ -68,6 +72,8 @@ class Attention:
             q, k = (rotated(y, cos, sin, interleaved) for y in (q, k))
             cos, sin = step.angles(None)
         q, k = (norm.of_rows(y) if norm else y for y, norm in zip((q, k), self.head_norms, strict=True))
+        if self.temperature:
+            q = q * step.growth(self.temperature)
         self.operations.rotary_and_cache(q, k, v, cos, sin, cache.keys, cache.values, batch.slots, interleaved)
         mixed = self.operations.attention(
             q,
@@ -87,8 +93,16 @@ class Attention:
             slopes=self.slopes,
         ).view(len(x), -1)
         if gate is not None:
-            mixed *= gate.sigmoid_()
-        return project(mixed, [self.output], step.precision)[0]
+            mixed.view(len(x), gate.shape[1], -1).mul_(gate.sigmoid_()[..., None])
+        (y,) = project(mixed, [self.output], step.precision)
+        return y if config.value_scale == 1.0 else y.mul_(config.value_scale)
+
+    def _gate(self, source: TensorSource, config: ModelConfig, mixed: int) -> Linear | None:
+        """What scales the attention's result, element by element or head by head."""
+        if not source.has("attn_gate"):
+            return None
+        rows = self.layer.heads if source.shape("attn_gate")[0] == self.layer.heads else mixed
+        return source.linear("attn_gate", rows, config.hidden_size)
 
 
 def alibi_slopes(heads: int, largest_bias: float) -> torch.Tensor:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 
 from trichord.errors import ModelError
 from trichord.gguf_file import GGUFFile
-from trichord.models.architectures import Architecture, find_architecture
+from trichord.models.architectures import Architecture, Temperature, find_architecture
 from trichord.rotary import RotaryConfig
 
 _SCALINGS = ("none", "linear", "yarn", "longrope")
+_GATINGS = ("", "softmax", "sigmoid", "softmax_of_chosen")
 _MOST_EXPERTS = 4096
 
 
@@ -24,6 +25,7 @@ class LayerConfig:
     value_size: int
     window: int
     rotary: RotaryConfig | None
+    expert_clamp: float
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,9 @@ class ModelConfig:
     attention_soft_cap: float
     query_key_clamp: float
     alibi_bias: float
+    value_scale: float
+    """What the attention's output is multiplied by."""
+    temperature: Temperature | None
     embedding_scale: float
     residual_scale: float
     logit_scale: float
@@ -159,15 +164,21 @@ class _Config:
             layers=self.layers(layers),
             experts=self.experts(),
             parallel=self.parallel(),
-            attention_scale=metadata.real("attention.scale") if architecture.attention_scale == "metadata" else 0.0,
-            attention_soft_cap=metadata.real("attn_logit_softcapping", 50.0) if architecture.soft_caps else 0.0,
+            attention_scale=self.attention_scale(),
+            attention_soft_cap=self.or_else("attn_logit_softcapping", architecture.attention_soft_cap),
             query_key_clamp=metadata.real("attention.clamp_kqv") if architecture.clamped else 0.0,
             alibi_bias=metadata.real("attention.max_alibi_bias", 8.0) if architecture.alibi else 0.0,
+            value_scale=metadata.real("attention.value_scale", 1.0),
+            temperature=self.temperature(),
             embedding_scale=self.embedding_scale(),
-            residual_scale=(metadata.real("residual_scale") or 1.0) if architecture.residual_scale else 1.0,
+            residual_scale=self.or_else("residual_scale", architecture.residual_scale, math.sqrt(layers)) or 1.0,
             logit_scale=self.logit_scale(),
-            logit_soft_cap=metadata.real("final_logit_softcapping", 30.0) if architecture.soft_caps else 0.0,
+            logit_soft_cap=self.or_else("final_logit_softcapping", architecture.logit_soft_cap),
         )
+
+    def or_else(self, name: str, default: float | None, divisor: float = 1.0) -> float:
+        """The metadata's number, or the default, divided; 0 without a default: the architecture has no such thing."""
+        return 0.0 if default is None else self.metadata.real(name, default / divisor)
 
     def epsilon(self) -> float:
         keys = [self.metadata.key(f"attention.layer_norm_{kind}") for kind in ("rms_epsilon", "epsilon")]
@@ -184,7 +195,7 @@ class _Config:
         metadata = self.metadata
         heads = metadata.per_layer("attention.head_count", layers)
         kv_heads = metadata.per_layer("attention.head_count_kv", layers, default=max(heads))
-        windows = self.windows(layers)
+        windows, clamps = self.windows(layers), self.expert_clamps(layers)
         full, windowed = self.head_sizes(max(heads), ""), self.head_sizes(max(heads), "_swa")
         rotaries = [self.rotary(full[0], ""), self.rotary(windowed[0], "_swa")]
         configs = []
@@ -193,25 +204,26 @@ class _Config:
             if kv_heads[index] and heads[index] % kv_heads[index]:
                 metadata.fail(f"{heads[index]} query heads cannot share {kv_heads[index]} key-value heads")
             head_size, value_size = windowed if window else full
-            rotary = rotaries[bool(window)] if self.rotates(index, window) else None
-            configs.append(LayerConfig(heads[index], kv_heads[index], head_size, value_size, window, rotary))
+            rotary = rotaries[bool(window)] if self.rotates(index, windows) else None
+            configs.append(
+                LayerConfig(heads[index], kv_heads[index], head_size, value_size, window, rotary, clamps[index])
+            )
         return tuple(configs)
 
     def windows(self, layers: int) -> list[int]:
         """The window of each layer. The metadata's pattern is a period or a flag for each layer."""
-        size = self.metadata.number("attention.sliding_window") if self.architecture.window_every else 0
-        key = self.metadata.key("attention.sliding_window_pattern")
-        every = self.metadata.file.metadata.get(key, self.architecture.window_every)
-        if hasattr(every, "__len__") and not isinstance(every, str):
-            return [size * bool(flag) for flag in self.metadata.per_layer("attention.sliding_window_pattern", layers)]
-        if every == 0:
+        metadata, architecture = self.metadata, self.architecture
+        if not architecture.window_every:
             return [0] * layers
-        every = self.metadata.number("attention.sliding_window_pattern", self.architecture.window_every)
-        return (
-            [size if every == 1 or index % every < every - 1 else 0 for index in range(layers)]
-            if every
-            else [0] * layers
-        )
+        size, pattern = metadata.number("attention.sliding_window"), "attention.sliding_window_pattern"
+        if metadata.key("attention.sliding_window") not in metadata.file.metadata:
+            size = architecture.window_size
+        found = metadata.file.metadata.get(metadata.key(pattern), architecture.window_every)
+        if hasattr(found, "__len__") and not isinstance(found, str):
+            return [size * bool(flag) for flag in metadata.per_layer(pattern, layers)]
+        every = metadata.number(pattern, architecture.window_every) if found else 0
+        full = 0 if architecture.full_attention_first else every - 1
+        return [size if every == 1 or (every and index % every != full) else 0 for index in range(layers)]
 
     def head_sizes(self, heads: int, suffix: str) -> tuple[int, int]:
         """Widths of a key and of a value."""
@@ -224,13 +236,17 @@ class _Config:
         size = metadata.number(f"attention.key_length{suffix}", plain)
         return size, metadata.number(f"attention.value_length{suffix}", metadata.number("attention.value_length", size))
 
-    def rotates(self, index: int, window: int) -> bool:
-        unrotated = self.architecture.unrotated
-        if self.architecture.rotary == "none":
+    def rotates(self, index: int, windows: list[int]) -> bool:
+        architecture = self.architecture
+        if architecture.rotary == "none":
             return False
-        if unrotated == "full_attention":
-            return bool(window) or not any(self.windows(index + 1))
-        return unrotated == "never" or bool((index + 1) % unrotated)
+        if architecture.dense_rotated and index < self.metadata.number("leading_dense_block_count"):
+            return True
+        if architecture.unrotated == "full_attention":
+            return bool(windows[index]) or not any(windows)
+        if architecture.window_every and not any(windows):
+            return True
+        return architecture.unrotated == "never" or bool((index + 1) % architecture.unrotated)
 
     def rotary(self, head_size: int, suffix: str) -> RotaryConfig | None:
         metadata = self.metadata
@@ -254,10 +270,39 @@ class _Config:
             beta_fast=metadata.real("rope.scaling.yarn_beta_fast") or 32.0,
             beta_slow=metadata.real("rope.scaling.yarn_beta_slow") or 1.0,
         )
-        if suffix and self.architecture.window_base is not None:
+        if suffix:
             base = metadata.real("rope.freq_base_swa", self.architecture.window_base or config.base)
-            config = replace(config, base=base, scaling="none", factor=1.0)
+            unstretched = self.architecture.window_base is not None
+            config = replace(config, base=base, **({"scaling": "none", "factor": 1.0} if unstretched else {}))
         return config
+
+    def attention_scale(self) -> float:
+        how = self.architecture.attention_scale
+        if how == "root_share":
+            return (self.hidden_size / max(1, self.metadata.number("attention.head_count"))) ** -0.5
+        keys = ("attention.scale", "attention.output_scale") if how == "metadata" else ()
+        return next((scale for key in keys if (scale := self.metadata.real(key))), 0.0)
+
+    def expert_clamps(self, layers: int) -> list[float]:
+        """The bound of the experts' activations in each layer; 0: none."""
+        default, key = self.architecture.experts.clamp, self.metadata.key("swiglu_clamp_exp")
+        value = self.metadata.file.metadata.get(key, default)
+        if default is None or value is None:
+            return [0.0] * layers
+        clamps = [float(clamp) for clamp in value] if hasattr(value, "__len__") else [float(value)] * layers
+        if len(clamps) < layers or not all(math.isfinite(clamp) for clamp in clamps):
+            self.metadata.fail(f"{key} should hold a number for each of {layers} layers")
+        return clamps
+
+    def temperature(self) -> Temperature | None:
+        temperature = self.architecture.temperature
+        if temperature is None:
+            return None
+        metadata = self.metadata
+        original = metadata.number("rope.scaling.original_context_length") or self.context_length
+        scale = metadata.real("attention.temperature_scale", temperature.scale)
+        length = metadata.number("attention.temperature_length", temperature.length or original)
+        return replace(temperature, scale=scale, length=length) if scale else None
 
     def experts(self) -> ExpertConfig | None:
         metadata, routing = self.metadata, self.architecture.experts
@@ -269,13 +314,12 @@ class _Config:
         groups_used = metadata.number("expert_group_used_count", 1) if groups > 1 else 1
         if count > _MOST_EXPERTS or used > count or count % groups or groups_used > groups:
             metadata.fail(f"{used} of {count} experts in {groups_used} of {groups} groups cannot be chosen")
-        gating = routing.gating
-        if gating is True:
-            gating = {0: "softmax", 1: "softmax", 2: "sigmoid", 3: "softmax_of_chosen"}.get(
-                metadata.number("expert_gating_func")
-            )
-            if gating is None:
-                metadata.fail(f"expert gating {metadata.number('expert_gating_func')} is unknown")
+        gating: str = routing.gating
+        number = metadata.number("expert_gating_func") if routing.gating_told else 0
+        if number >= len(_GATINGS):
+            metadata.fail(f"expert gating {number} is unknown")
+        if number:
+            gating = _GATINGS[number]
         normalize = metadata.flag("expert_weights_norm") if routing.normalize is None else routing.normalize
         scale = metadata.real("expert_weights_scale", 1.0) if routing.scaled else 1.0
         return ExpertConfig(count, used, groups, groups_used, normalize, scale, gating)
@@ -286,13 +330,10 @@ class _Config:
 
     def embedding_scale(self) -> float:
         scale = self.architecture.embedding_scale
-        if scale == "sqrt_width":
-            return math.sqrt(self.hidden_size)
-        if scale == "metadata":
-            return self.metadata.real("embedding_scale", 1.0)
-        return scale or 1.0
+        default = math.sqrt(self.hidden_size) if scale == "sqrt_width" else scale
+        return self.or_else("embedding_scale", default) or 1.0
 
     def logit_scale(self) -> float:
         how = self.architecture.logit_scale
-        scale = self.metadata.real("logit_scale", 1.0) if how else 1.0
+        scale = self.metadata.real("logit_scale", self.architecture.logit_scale_default) if how else 1.0
         return 1.0 / scale if how == "divide" else scale

@@ -72,12 +72,16 @@ class Decoder:
         }
 
     def forward(self, batch: Batch, caches: Sequence[Sequence[Cache]], precision: Precision) -> torch.Tensor:
-        """The logits (R, vocabulary) float32 of the batch's `logit_rows`; every layer's caches take the new tokens."""
+        """The hidden states (R, hidden) float32 of the batch's `logit_rows`, as the output matrix reads them.
+
+        Every layer's caches take the new tokens.
+        """
         steps: dict[torch.device, Step] = {}
         outer = self._step(steps, batch, self.outer, precision)
         # Kernels start on the current GPU, which need not be the one that a layer lies on.
         with torch.cuda.device_of(outer.batch.token_ids):
             residual = self._embed(outer.batch)
+        embedded = residual.clone() if self.config.architecture.embedding_skip else None
         delta = None
         if len(batch.new_slots) and self.has_states:
             for layer, layer_caches in zip(self.layers, caches, strict=True):
@@ -87,13 +91,26 @@ class Decoder:
         for layer, layer_caches in zip(self.layers, caches, strict=True):
             step = self._step(steps, batch, layer.place, precision)
             residual, delta = _moved(residual, delta, layer.place.device)
+            if embedded is not None:
+                step.embedded = embedded = embedded.to(layer.place.device)
             with torch.cuda.device_of(residual):
                 delta = layer.forward(residual, delta, step, layer_caches)
         residual, delta = _moved(residual, delta, self.outer.device)
         rows = outer.batch.logit_rows
         delta = None if delta is None else delta[rows]
         with torch.cuda.device_of(residual):
-            return self._logits(residual[rows], delta, precision)
+            return enter(self.output_norm, residual[rows], delta)
+
+    def logits(self, hidden: torch.Tensor, precision: Precision) -> torch.Tensor:
+        """hidden (R, hidden) -> (R, vocabulary) float32."""
+        config = self.config
+        with torch.cuda.device_of(hidden):
+            (logits,) = project(hidden, [self.output], precision)
+        if config.logit_scale != 1.0:
+            logits *= config.logit_scale
+        if config.logit_soft_cap:
+            logits.div_(config.logit_soft_cap).tanh_().mul_(config.logit_soft_cap)
+        return logits
 
     def _embed(self, batch: Batch) -> torch.Tensor:
         operations, config = self.outer.operations, self.config
@@ -103,16 +120,6 @@ class Decoder:
         if self.positions is not None:
             x += operations.embedding(batch.positions, self.positions)
         return self.embedding_norm(x) if self.embedding_norm else x
-
-    def _logits(self, residual: torch.Tensor, delta: torch.Tensor | None, precision: Precision) -> torch.Tensor:
-        config = self.config
-        x = enter(self.output_norm, residual, delta)
-        (logits,) = project(x, [self.output], precision)
-        if config.logit_scale != 1.0:
-            logits *= config.logit_scale
-        if config.logit_soft_cap:
-            logits.div_(config.logit_soft_cap).tanh_().mul_(config.logit_soft_cap)
-        return logits
 
     def _step(self, steps: dict[torch.device, Step], batch: Batch, place: Place, precision: Precision) -> Step:
         if place.device not in steps:

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from trichord.models.config import ModelConfig
+from trichord.dispatch import Activation, Operations
+from trichord.models.config import LayerConfig, ModelConfig
 from trichord.models.linear import TensorSource, project, project_experts
 from trichord.models.step import Step
+
+Choice = tuple[torch.Tensor, torch.Tensor]
+"""Each token's experts (T, E) int32 and their weights (T, E)."""
 
 
 class FeedForward:
@@ -43,18 +47,20 @@ class FeedForward:
 
 
 class Experts:
-    """Each token goes through the few experts that its router scores best; shared ones take every token."""
+    """Each token goes through the few experts that its router scores best."""
 
-    def __init__(self, source: TensorSource, config: ModelConfig) -> None:
+    def __init__(self, source: TensorSource, config: ModelConfig, layer: LayerConfig) -> None:
         if config.experts is None:
             raise source.fail(f"{source.prefix}ffn_gate_inp routes to experts that the metadata does not count")
         self.operations = source.place.operations
         self.activation = config.architecture.activation
         self.weights_first = config.architecture.experts.weights_first
+        self.clamp = layer.expert_clamp
         self.experts = config.experts
         count, hidden = config.experts.count, config.hidden_size
         self.router = source.linear("ffn_gate_inp", count, hidden)
-        self.bias = source.optional_vector("exp_probs_b.bias", count)
+        names = ("exp_probs_b.bias", "exp_probs_b")
+        self.bias = next((source.vector(name, count) for name in names if source.has_tensor(name)), None)
         width = source.shape("ffn_down_exps")[-1]
         self.output = source.linear("ffn_down_exps", count, hidden, width)
         fused = source.has("ffn_gate_up_exps")
@@ -65,13 +71,12 @@ class Experts:
             else [source.linear(f"ffn_{side}_exps", count, width, hidden) for side in sides]
         )
         self.gated_width = width if fused else 0
-        self.shared = FeedForward(source, config, "_shexp") if source.has("ffn_up_shexp") else None
 
-    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
-        """x (T, hidden) -> (T, hidden)."""
+    def choose(self, x: torch.Tensor, step: Step) -> Choice:
+        """The experts of each token of x (T, hidden)."""
         routing = self.experts
         (logits,) = project(x, [self.router], step.precision)
-        chosen, weights = self.operations.route(
+        return self.operations.route(
             logits,
             routing.used,
             routing.gating,
@@ -81,17 +86,31 @@ class Experts:
             normalize=routing.normalize,
             scale=routing.scale,
         )
+
+    def forward(self, x: torch.Tensor, step: Step, choice: Choice | None = None) -> torch.Tensor:
+        """x (T, hidden) -> (T, hidden), through the experts chosen by x itself or already."""
+        chosen, weights = choice or self.choose(x, step)
         inputs = (x[:, None] * weights[..., None]).contiguous() if self.weights_first else x
         products = project_experts(inputs, self.inputs, chosen, step.precision)
-        y = activated(self.operations, products, self.gated_width, self.activation)
+        y = activated(self.operations, products, self.gated_width, self.activation, self.clamp)
         (y,) = project_experts(y, [self.output], chosen, step.precision)
-        total = y.sum(1) if self.weights_first else torch.bmm(weights[:, None], y)[:, 0]
-        return total if self.shared is None else total.add_(self.shared.forward(x, step))
+        return y.sum(1) if self.weights_first else torch.bmm(weights[:, None], y)[:, 0]
 
 
-def activated(operations, products: Sequence[torch.Tensor], gated_width: int, activation) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    """Gate and up projections (..., F), one after the other or side by side in one (..., 2F), or up alone."""
+def activated(
+    operations: Operations,
+    products: Sequence[torch.Tensor],
+    gated_width: int,
+    activation: Activation,
+    clamp: float = 0.0,
+) -> torch.Tensor:
+    """Gate and up projections (..., F), one after the other or side by side in one (..., 2F), or up alone.
+
+    With a clamp, what is multiplied is bounded: activation(gate) from above, up to both sides.
+    """
     if gated_width:
         products = products[0].split(gated_width, dim=-1)
     gate, up = products if len(products) == 2 else (products[0], None)
+    if clamp and up is not None:
+        return operations.activate(gate, None, activation).clamp_(max=clamp).mul_(up.clamp(-clamp, clamp))
     return operations.activate(gate, up, activation)

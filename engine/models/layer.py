@@ -28,33 +28,48 @@ class DecoderLayer:
         self.residual_scale = config.residual_scale
         self.mixers = [Attention(source, config, layer)] if layer.heads else []
         self.caches = [mixer.cache for mixer in self.mixers]
-        self.networks: list[Experts | FeedForward] = []
-        if source.has("ffn_gate_inp"):
-            self.networks.append(Experts(source, config))
-        if not self.networks or source.has("ffn_up"):
+        routing = architecture.experts
+        self.experts = Experts(source, config, layer) if source.has("ffn_gate_inp") else None
+        self.early = routing.early
+        # The norm of experts that read the layer's input and work beside the whole layer.
+        self.expert_norm = Norm.of(source, ("ffn_norm_exps",), config) if source.has("ffn_norm_exps") else None
+        self.networks: list[FeedForward] = []
+        if self.experts and source.has("ffn_up_shexp"):
+            self.networks.append(FeedForward(source, config, "_shexp"))
+        if not self.experts or (routing.dense and source.has("ffn_up")):
             self.networks.append(FeedForward(source, config))
+        self.company = routing.company if self.experts and self.networks else 1.0
+        self.skip = source.vector("layer_output_scale.weight", 1) if architecture.embedding_skip else None
         self.parallel = config.parallel
         names = architecture.feed_forward_norm
         if architecture.parallel == "without_norm" and not any(source.has(name) for name in names):
             self.parallel, names = True, ()
         self.attention_norm = Norm.of(source, architecture.attention_norm, config)
-        self.attention_post_norm = Norm.of(source, architecture.attention_post_norm, config)
+        epsilon = architecture.post_norm_epsilon
+        self.attention_post_norm = Norm.of(source, architecture.attention_post_norm, config, epsilon)
         self.feed_forward_norm = Norm.of(source, names, config)
-        self.feed_forward_post_norm = Norm.of(source, architecture.feed_forward_post_norm, config)
+        self.feed_forward_post_norm = Norm.of(source, architecture.feed_forward_post_norm, config, epsilon)
 
     def forward(
         self, residual: torch.Tensor, delta: torch.Tensor | None, step: Step, caches: Sequence[Cache]
     ) -> torch.Tensor:
         """Adds `delta`, and all but this layer's last contribution, to the residual (T, hidden); returns that one."""
         x = enter(self.attention_norm, residual, delta)
+        choice = self.experts.choose(residual, step) if self.experts and self.early else None
+        ahead = [self.experts.forward(self.expert_norm(residual), step)] if self.experts and self.expert_norm else []
         mixed = sum_of([mixer.forward(x, step, cache) for mixer, cache in zip(self.mixers, caches, strict=True)])
         mixed = self._leave(self.attention_post_norm, mixed)
         if self.parallel:
             y = self.feed_forward_norm(residual) if self.feed_forward_norm else x
         else:
             y = enter(self.feed_forward_norm, residual, mixed)
-        output = self._leave(self.feed_forward_post_norm, sum_of([n.forward(y, step) for n in self.networks]))
-        return output.add_(mixed) if self.parallel else output
+        outputs = [network.forward(y, step) for network in self.networks]
+        outputs += ahead or ([self.experts.forward(y, step, choice)] if self.experts else [])
+        output = sum_of(outputs)
+        output = self._leave(self.feed_forward_post_norm, output if self.company == 1.0 else output.mul_(self.company))
+        if self.parallel:
+            output.add_(mixed)
+        return output if self.skip is None else output.add_(step.embedded * self.skip)
 
     def _leave(self, norm: Norm | None, y: torch.Tensor) -> torch.Tensor:
         y = norm(y) if norm else y

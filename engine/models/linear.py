@@ -59,7 +59,11 @@ class TensorSource:
 
     def has(self, name: str) -> bool:
         """Whether the file has `name.weight`."""
-        return f"{name}.weight" not in self.unused and f"{self.prefix}{name}.weight" in self.file.tensors
+        return self.has_tensor(f"{name}.weight")
+
+    def has_tensor(self, name: str) -> bool:
+        """Whether the file has a tensor of this whole name."""
+        return name not in self.unused and self.prefix + name in self.file.tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of `name.weight`. Raises ModelError when it is missing."""
@@ -85,8 +89,7 @@ class TensorSource:
 
     def optional_vector(self, name: str, *shape: int) -> torch.Tensor | None:
         """The same, or None where the file has none."""
-        unused = name in self.unused or self.prefix + name not in self.file.tensors
-        return None if unused else self.vector(name, *shape)
+        return self.vector(name, *shape) if self.has_tensor(name) else None
 
     def fail(self, what: str) -> ModelError:
         """The error to raise about this file."""

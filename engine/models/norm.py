@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from trichord.dispatch import Operations
+from trichord.models.architectures import BARE
 from trichord.models.config import ModelConfig
 from trichord.models.linear import TensorSource
 
@@ -22,30 +23,39 @@ class Norm:
     centered: bool
 
     @classmethod
-    def of(cls, source: TensorSource, names: tuple[str, ...], config: ModelConfig) -> Norm | None:
+    def of(
+        cls, source: TensorSource, names: tuple[str, ...], config: ModelConfig, epsilon: float | None = None
+    ) -> Norm | None:
         """The norm by the first of these names that the file has; None for no names. Raises ModelError."""
         if not names:
             return None
         operations, centered = source.place.operations, config.architecture.norm == "layer"
-        if config.architecture.bare_norms:
-            return cls(operations, None, None, config.norm_epsilon, centered)
-        name = next((name for name in names if source.has(name)), names[0])
-        gain = source.vector(f"{name}.weight", config.hidden_size)
-        bias = source.optional_vector(f"{name}.bias", config.hidden_size)
-        return cls(operations, gain, bias, config.norm_epsilon, centered)
+        epsilon = config.norm_epsilon if epsilon is None else epsilon
+        if names == BARE:
+            return cls(operations, None, None, epsilon, centered)
+        # A few converters leave out the ".weight".
+        gains = [f"{name}{end}" for name in names for end in (".weight", "")]
+        name = next((name for name in gains if source.has_tensor(name)), gains[0])
+        gain = source.vector(name, config.hidden_size)
+        bias = source.optional_vector(f"{name.removesuffix('.weight')}.bias", config.hidden_size)
+        return cls(operations, gain, bias, epsilon, centered)
 
     @classmethod
     def of_heads(cls, source: TensorSource, name: str, heads: int, size: int, config: ModelConfig) -> Norm | None:
         """The norm of queries or keys, if the file has one: of each head (one gain, or one a head) or of all."""
+        centered = config.architecture.head_norm == "layer"
         if not source.has(name):
-            return None
+            bare = config.architecture.bare_head_norm
+            return cls(source.place.operations, None, None, config.norm_epsilon, centered) if bare else None
         shape = source.shape(name)
-        if shape not in ((size,), (heads, size), (heads * size,)):
+        if shape not in ((size,), (heads, size), (heads * size,), (heads, 1)):
             raise source.fail(
                 f"tensor {source.prefix + name + '.weight'!r} has shape {shape} for {heads} heads of {size}"
             )
         bias = source.optional_vector(f"{name}.bias", *shape)
-        gain, centered = source.vector(f"{name}.weight", *shape), config.architecture.head_norm == "layer"
+        gain = source.vector(f"{name}.weight", *shape)
+        if shape == (heads, 1):
+            gain = gain.repeat(1, size)
         return cls(source.place.operations, gain, bias, config.norm_epsilon, centered)
 
     def __call__(self, x: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
@@ -53,5 +63,6 @@ class Norm:
         return self.operations.norm(x, self.gain, self.epsilon, delta, bias=self.bias, centered=self.centered)
 
     def of_rows(self, x: torch.Tensor) -> torch.Tensor:
-        """x (T, ...) normalised over runs as wide as the gain, of the same shape."""
-        return self(x.reshape(-1, self.gain.shape[-1])).view(x.shape)
+        """x (T, H, D) normalised head by head, or over runs as wide as the gain, of the same shape."""
+        width = x.shape[-1] if self.gain is None else self.gain.shape[-1]
+        return self(x.reshape(-1, width)).view(x.shape)

@@ -6,6 +6,7 @@ import torch
 
 from trichord.batch import Batch
 from trichord.dispatch import Precision
+from trichord.models.architectures import Temperature
 from trichord.rotary import Rotary, RotaryConfig
 
 
@@ -14,8 +15,11 @@ class Step:
 
     def __init__(self, batch: Batch, rotaries: dict[RotaryConfig, Rotary], precision: Precision) -> None:
         self.batch = batch
+        self.embedded: torch.Tensor | None = None
+        """The batch's embeddings (T, hidden), where layers add them again."""
         self.precision = precision
         self._rotaries = rotaries
+        self._growth: dict[Temperature, torch.Tensor] = {}
         self._angles: dict[RotaryConfig, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def angles(self, config: RotaryConfig | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,3 +30,10 @@ class Step:
         if config not in self._angles:
             self._angles[config] = self._rotaries[config].tables(self.batch.positions)
         return self._angles[config]
+
+    def growth(self, temperature: Temperature) -> torch.Tensor:
+        """What queries at the batch's positions are multiplied by: (T, 1, 1)."""
+        if temperature not in self._growth:
+            intervals = (self.batch.positions + temperature.offset) // temperature.length
+            self._growth[temperature] = 1.0 + temperature.scale * torch.log1p(intervals.float())[:, None, None]
+        return self._growth[temperature]
