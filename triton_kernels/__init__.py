@@ -15,6 +15,7 @@ from trichord.triton_kernels.formats import FORMATS
 from trichord.triton_kernels.matmul import expert_matmul, matmul
 from trichord.triton_kernels.norm import norm
 from trichord.triton_kernels.rotary import rotary_and_cache
+from trichord.triton_kernels.routing import route
 from trichord.triton_kernels.rows import dequantize, embedding
 from trichord.triton_kernels.scan import delta_scan, state_scan
 from trichord.weight_format import Layout, WeightFormat
@@ -49,6 +50,7 @@ __all__ = [
     "norm",
     "pack",
     "rotary_and_cache",
+    "route",
     "short_convolution",
     "state_scan",
     "unpack",

@@ -61,8 +61,8 @@ def gemm_kernel(
     else:
         result = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
         valid = result < tokens
-        token = tl.minimum(result, tokens - 1)
-    x += (token.to(tl.int64) * stride)[None, :]
+        token = result
+    x += (tl.minimum(token, tokens - 1).to(tl.int64) * stride)[None, :]
     column = tl.arange(0, BLOCK_COLUMNS)
     accumulator = tl.zeros((BLOCK_ROWS, BLOCK_TOKENS), tl.float32)
     for start in range(0, columns, BLOCK_COLUMNS):
@@ -82,7 +82,7 @@ def gemm_kernel(
         else:
             accumulator = half_dot(fragment_order(weights.to(tl.float16)), values, accumulator)
     if not EXACT:
-        accumulator *= tl.load(scales + token)[None, :]
+        accumulator *= tl.load(scales + token, mask=valid, other=0.0)[None, :]
     target = y + (result.to(tl.int64) * rows)[None, :] + index[:, None]
     tl.store(target, accumulator, mask=valid[None, :] & (index < rows)[:, None])
 

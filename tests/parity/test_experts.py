@@ -63,13 +63,15 @@ def test_every_format(backend, weight_format, precision):
 
 
 @pytest.mark.parametrize("precision", FEW)
-@pytest.mark.parametrize("weight_format", [WeightFormat.Q4_K, WeightFormat.Q6_K, WeightFormat.MXFP4, WeightFormat.F16])
-@pytest.mark.parametrize("each", [False, True], ids=["a row a token", "a row a pair"])
-@pytest.mark.parametrize(("tokens", "chosen", "experts"), [(1, 3, 4), (2, 2, 33), (5, 4, 6), (130, 2, 4)])
+@pytest.mark.parametrize("weight_format", [WeightFormat.Q4_K, WeightFormat.F16], ids=["Q4_K", "F16"])
+@pytest.mark.parametrize(
+    ("tokens", "chosen", "experts", "each"),
+    [(1, 3, 4, False), (1, 3, 4, True), (2, 2, 11, False), (5, 4, 6, True), (90, 2, 3, False), (90, 2, 3, True)],
+)
 @pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS.keys())
 def test_shapes(backend, tokens, chosen, experts, each, weight_format, precision):
-    weight, values = of_experts(backend, weight_format, experts, 37, 768)
-    x = activations(tokens, chosen, 768) if each else activations(tokens, 768)
+    weight, values = of_experts(backend, weight_format, experts, 37, 512)
+    x = activations(tokens, chosen, 512) if each else activations(tokens, 512)
     check(backend, weight, values, x, choices(tokens, chosen, experts), precision, FEW if tokens <= 2 else MANY)
 
 
@@ -83,10 +85,10 @@ def test_float_experts_of_any_width(backend, columns, tokens):
 
 
 @pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS.keys())
-@pytest.mark.parametrize("tokens", [1, 9, 200])
+@pytest.mark.parametrize("tokens", [1, 9, 70])
 def test_all_tokens_choose_one_expert(backend, tokens):
-    weight, values = of_experts(backend, WeightFormat.Q5_K, 70, 8, 512)
-    experts = torch.full((tokens, 1), 69, dtype=torch.int32)
+    weight, values = of_experts(backend, WeightFormat.Q5_K, 20, 8, 512)
+    experts = torch.full((tokens, 1), 19, dtype=torch.int32)
     check(backend, weight, values, activations(tokens, 512), experts, "default", MANY)
 
 
