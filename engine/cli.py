@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     import argparse
 
     from trichord import __version__, quantize, split
-    from trichord.commands import chat, info, perplexity, run
+    from trichord.commands import archs, chat, embed, info, perplexity, run
 
     parser = argparse.ArgumentParser(
         prog="trichord",
@@ -81,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
         ("chat", "talk with a model", chat.add_arguments, chat.run),
         ("info", "describe a GGUF file", info.add_arguments, info.run),
         ("perplexity", "measure how well a model predicts a text", perplexity.add_arguments, perplexity.run),
+        ("embed", "turn texts into vectors", embed.add_arguments, embed.run),
+        ("archs", "list the supported model architectures", archs.add_arguments, archs.run),
         ("quantize", "convert a GGUF file to smaller weight formats", quantize.add_arguments, quantize.run),
         ("split", "cut a GGUF file into parts", split.add_split_arguments, split.run_split),
         ("merge", "join the parts of a split GGUF file", split.add_merge_arguments, split.run_merge),

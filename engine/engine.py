@@ -43,8 +43,11 @@ class Engine:
         piece: Callable[[int], str],
     ) -> None:
         self.model = model
+        causal = model.config.architecture.causal
         self.precision = precision
-        self.scheduler = Scheduler(PagePool(pages, not model.has_states), max_batch_tokens, max_sequences)
+        self.scheduler = Scheduler(
+            PagePool(pages, sharing=causal and not model.has_states), max_batch_tokens, max_sequences, splitting=causal
+        )
         self._piece = piece
         self._lock = threading.Lock()
         with memory_errors("allocating the key-value cache"):
@@ -93,8 +96,14 @@ class Engine:
 
     def _compute(self, chunks: list[Chunk]) -> None:
         with memory_errors("computing a step"):
-            logits = self.model.forward(Batch.of(chunks), self.caches, self.precision)
-        parts = torch.split(logits, [chunk.logit_rows for chunk in chunks])
+            hidden = self.model.forward(Batch.of(chunks), self.caches, self.precision)
+            parts = list(torch.split(hidden, [chunk.logit_rows for chunk in chunks]))
+            predicting = [i for i, chunk in enumerate(chunks) if chunk.sequence.prompt_report != "hidden"]
+            if predicting:
+                states = hidden if len(predicting) == len(parts) else torch.cat([parts[i] for i in predicting])
+                logits = self.model.logits(states, self.precision)
+                for i, part in zip(predicting, logits.split([len(parts[i]) for i in predicting]), strict=True):
+                    parts[i] = part
         reports = [self._prompt_report(chunk, part) for chunk, part in zip(chunks, parts, strict=True)]
         drawn = self._draw([(c.sequence, part[-1]) for c, part in zip(chunks, parts, strict=True) if c.draws])
         # Nothing has changed until here, so that a step that was interrupted or failed can be taken again.
@@ -106,7 +115,7 @@ class Engine:
         if not sequence.owes_prompt_results:
             return []
         skipped = [None] * (chunk.count - len(logits))
-        if sequence.prompt_report == "logits":
+        if sequence.prompt_report in ("logits", "hidden"):
             return skipped + list(logits.float().cpu().numpy())
         # A row predicts the token after its own; what the last row of the prompt predicts is drawn, not reported.
         following = sequence.tokens[chunk.end - len(logits) + 1 : chunk.end + 1]

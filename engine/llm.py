@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as List
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from trichord.chat_template import ChatTemplate, encode_rendered
 from trichord.completion_text import CompletionText
 from trichord.device import CPU, Place, resolve
 from trichord.dispatch import PRECISIONS, Precision, set_threads
+from trichord.embedding import Pooling, file_pooling, pool
 from trichord.engine import Engine
 from trichord.errors import DeviceError, RequestError, TokenizerError
 from trichord.gguf_file import GGUFFile
@@ -153,7 +154,7 @@ class LLM:
 
     def logits(self, token_ids: List[int]) -> np.ndarray:
         """The logits (n_tokens, n_vocab) float32 after each of these tokens; needs no tokenizer."""
-        return np.stack(self._prompt_results(token_ids, "logits"))
+        return np.stack(self._prompt_results([token_ids], "logits")[0])
 
     def log_likelihoods(self, token_ids: List[int], first: int = 1) -> np.ndarray:
         """The natural logarithm of each token's probability after those before it, from number `first` on.
@@ -163,8 +164,24 @@ class LLM:
         """
         if first < 1:
             raise RequestError(f"The first token to be predicted must be number 1 or a later one, not {first}.")
-        results = self._prompt_results(token_ids, "likelihoods", first - 1)
+        (results,) = self._prompt_results([token_ids], "likelihoods", first - 1)
         return np.array(results[first - 1 : -1], np.float64)
+
+    def embed(
+        self, texts: Prompt | List[Prompt], *, pooling: Pooling | None = None, normalize: bool = True
+    ) -> np.ndarray:
+        """One vector for each text (or list of token ids): (n_texts, n_hidden) float32.
+
+        pooling: "mean" of the tokens' states, the "first" or the "last" of them; None is as the file says. normalize
+        scales each to length 1. Raises RequestError for an empty or too long text.
+        """
+        if pooling is None:
+            pooling = file_pooling(self.file, self.config.architecture.name, self.config.architecture.causal)
+        elif pooling not in get_args(Pooling):
+            raise RequestError(f"pooling {pooling!r} is not one of {', '.join(get_args(Pooling))}.")
+        prompts = [self._encode(text) if isinstance(text, str) else text for text in _prompt_list(texts)]
+        results = self._prompt_results(prompts, "hidden")
+        return np.stack([pool(np.stack(states), pooling, normalize) for states in results])
 
     def require_tokenizer(self) -> Tokenizer:
         """The file's tokenizer. Raises TokenizerError where it has none that can be used."""
@@ -178,6 +195,11 @@ class LLM:
         return self.model.weight_bytes
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> list[Sequence]:
+        if not self.config.architecture.causal:
+            raise RequestError(
+                f"A model of architecture {self.config.architecture.name} does not write from left to right: "
+                "it gives embeddings and logits."
+            )
         ids = self._checked(self._encode(prompt) if isinstance(prompt, str) else prompt, room=1)
         named = [*params.stop_token_ids, *(params.logit_bias or ())]
         if named and max(named) >= self.model.vocabulary:
@@ -199,20 +221,22 @@ class LLM:
             for index in range(params.n)
         ]
 
-    def _prompt_results(self, token_ids: List[int], report: str, report_from: int = 0) -> list[Any]:
-        ids = self._checked(token_ids, room=0)
-        sequence = Sequence(
-            ids,
-            SamplingParams(),
-            CompletionText(None, ()),
-            frozenset(),
-            len(ids),
-            generates=False,
-            prompt_report=report,
-            report_from=report_from,
-        )
-        self._run([sequence])
-        return sequence.prompt_results
+    def _prompt_results(self, prompts: List[List[int]], report: str, report_from: int = 0) -> list[list[Any]]:
+        sequences = [
+            Sequence(
+                ids,
+                SamplingParams(),
+                CompletionText(None, ()),
+                frozenset(),
+                len(ids),
+                generates=False,
+                prompt_report=report,
+                report_from=report_from,
+            )
+            for ids in (self._checked(prompt, room=0) for prompt in prompts)
+        ]
+        self._run(sequences)
+        return [sequence.prompt_results for sequence in sequences]
 
     def _encode(self, text: str) -> list[int]:
         if not text:

@@ -47,9 +47,10 @@ class Chunk:
 
 
 class Scheduler:
-    """Waiting and running queues over one pool of pages."""
+    """Waiting and running queues over one pool of pages. Without `splitting`, a prompt is computed in one step."""
 
-    def __init__(self, pool: PagePool, max_batch_tokens: int, max_sequences: int) -> None:
+    def __init__(self, pool: PagePool, max_batch_tokens: int, max_sequences: int, splitting: bool = True) -> None:
+        self.splitting = splitting
         self.pool = pool
         self.max_batch_tokens = max_batch_tokens
         self.max_sequences = max_sequences
@@ -78,11 +79,13 @@ class Scheduler:
                 budget -= chunk.count
         while budget and self.waiting and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
+            if not self.splitting and chunks and len(sequence.tokens) > budget:
+                break
             if not self._admit(sequence):
                 break
             self.running.append(self.waiting.popleft())
-            chunks.append(_next_chunk(sequence, budget))
-            budget -= chunks[-1].count
+            chunks.append(_next_chunk(sequence, budget if self.splitting else len(sequence.tokens)))
+            budget = max(0, budget - chunks[-1].count)
         return chunks
 
     def computed(self, chunk: Chunk) -> None:

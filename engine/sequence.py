@@ -15,9 +15,9 @@ from trichord.sampling_params import SamplingParams
 class Sequence:
     """Tokens, their pages, and how many of them the caches already hold; `reused` of them when it was admitted.
 
-    `prompt_report` asks for the logits, the log-probabilities or the log-likelihood of the next token at every prompt
-    position from `report_from` on, which the engine puts into `prompt_results` (None before). A sequence with
-    `generates` False ends once its prompt is computed.
+    `prompt_report` asks for the logits, the log-probabilities or the log-likelihood of the next token, or the hidden
+    state, at every prompt position from `report_from` on, which the engine puts into `prompt_results` (None before). A
+    sequence with `generates` False ends once its prompt is computed.
     """
 
     tokens: list[int]
@@ -27,7 +27,7 @@ class Sequence:
     limit: int
     index: int = 0
     generates: bool = True
-    prompt_report: Literal["logits", "logprobs", "likelihoods"] | None = None
+    prompt_report: Literal["logits", "logprobs", "likelihoods", "hidden"] | None = None
     report_from: int = 0
     prompt_length: int = field(init=False)
     seed: int = field(init=False)

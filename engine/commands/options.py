@@ -102,8 +102,10 @@ def add_machine(parser: argparse.ArgumentParser, context: str = "N positions of 
     )
 
 
-def load_model(options: argparse.Namespace, model: str | None, context_length: int | None) -> LLM:
-    """The model, for one sequence at a time, where and as the options of `add_machine` say. None: the demo model."""
+def load_model(
+    options: argparse.Namespace, model: str | None, context_length: int | None, max_sequences: int = 1
+) -> LLM:
+    """The model, for so many sequences at a time, as the options of `add_machine` say. None: the demo model."""
     from trichord.llm import LLM
 
     return LLM(
@@ -114,7 +116,7 @@ def load_model(options: argparse.Namespace, model: str | None, context_length: i
         gpu_layers=options.gpu_layers,
         kv_dtype=options.kv_dtype,
         threads=options.threads,
-        max_sequences=1,
+        max_sequences=max_sequences,
     )
 
 
