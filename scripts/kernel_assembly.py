@@ -60,8 +60,11 @@ class _Driver:
         return 0
 
 
-def launches_of(call: Callable[[], object], target: str) -> list[Launch]:
-    """What `call` launches, compiled for the target, in order; nothing runs, so results are not to be looked at."""
+def launches_of(call: Callable[[], object], target: str | None = None) -> list[Launch]:
+    """What `call` launches, compiled for the target, in order; nothing runs, so results are not to be looked at.
+
+    Without a target, for the GPU that is there.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -71,7 +74,8 @@ def launches_of(call: Callable[[], object], target: str) -> list[Launch]:
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launched.append(Launch(self.__name__, kwargs, run(self, *args, grid=grid, warmup=True, **kwargs)))
 
-    triton.runtime.driver.set_active(_Driver(GPUTarget(*TARGETS[target])))
+    if target:
+        triton.runtime.driver.set_active(_Driver(GPUTarget(*TARGETS[target])))
     triton.runtime.JITFunction.run = compile_only
     try:
         call()
