@@ -137,6 +137,10 @@ class Architecture:
     beside_attention: bool = False
 
     # The stream
+    normed_stream: bool = False
+    """The norms after the blocks are of the stream with their contribution, and replace it."""
+    token_types: bool = False
+    """The first row of token_types is added to every embedding: all tokens belong to the first of two segments."""
     learned_positions: bool = False
     """The embedding of a token's position (position_embd), where the file has one, is added to its own."""
     embedding_scale: float | Literal["sqrt_width"] | None = None
@@ -179,6 +183,18 @@ _COHERE: dict[str, Any] = {
 }
 _OUTPUT_BIAS = ("attn_output.bias",)
 _BIASES = (*_OUTPUT_BIAS, "ffn_gate.bias", "ffn_up.bias", "ffn_down.bias")
+_BERT: dict[str, Any] = {
+    **_LAYER_NORM,
+    "causal": False,
+    "token_types": True,
+    "embedding_norm": ("token_embd_norm",),
+    "normed_stream": True,
+    "attention_norm": (),
+    "attention_post_norm": ("attn_output_norm",),
+    "feed_forward_norm": (),
+    "feed_forward_post_norm": ("layer_output_norm",),
+    "output_norm": (),
+}
 _NORMALIZED = Routing(normalize=True)
 _TOLD = Routing(gating_told=True, normalize=None, scaled=True)
 _TOLD_OR_SIGMOID = Routing("sigmoid", gating_told=True, normalize=None, scaled=True)
@@ -196,6 +212,8 @@ ARCHITECTURES = {
         ),
         Architecture("bailingmoe", **_PAIRED, experts=Routing(normalize=None, scaled=True)),
         Architecture("bailingmoe2", experts=replace(_TOLD_OR_SIGMOID, grouped=True)),
+        Architecture("bert", **_BERT, rotary="none", learned_positions=True, activation="gelu_erf"),
+        Architecture("nomic-bert", **_BERT),
         Architecture(
             "bloom", **_LAYER_NORM, rotary="none", alibi=True, activation="gelu", embedding_norm=("token_embd_norm",)
         ),
@@ -406,6 +424,24 @@ ARCHITECTURES = {
         Architecture("xverse", **_PAIRED),
     )
 }
+
+
+def describe(architecture: Architecture) -> list[str]:
+    """What is special of an architecture, in a few words each."""
+    words = {
+        "layer norm": architecture.norm == "layer",
+        "reads both ways": not architecture.causal,
+        "parallel blocks": bool(architecture.parallel),
+        "no rotation": architecture.rotary == "none",
+        "ALiBi": architecture.alibi,
+        "windows": bool(architecture.window_every),
+        "soft caps": bool(architecture.attention_soft_cap or architecture.logit_soft_cap),
+        "gated queries": architecture.gated_queries,
+        "latent attention": architecture.latent,
+        f"{(architecture.recurrent or '').replace('_', ' ')} layers": bool(architecture.recurrent),
+        architecture.activation.replace("_", " "): architecture.activation != "silu",
+    }
+    return [word for word, applies in words.items() if applies]
 
 
 def find_architecture(name: str) -> Architecture:

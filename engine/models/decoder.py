@@ -54,6 +54,12 @@ class Decoder:
         self.embedding = source.weight("token_embd", self.vocabulary, config.hidden_size)
         learned = source.has("position_embd") and config.architecture.learned_positions
         self.positions = source.weight("position_embd", *source.shape("position_embd")) if learned else None
+        types = (
+            source.vector("token_types.weight", *source.shape("token_types"))
+            if config.architecture.token_types
+            else None
+        )
+        self.token_type = None if types is None else types[0]
         self.embedding_norm = Norm.of(source, config.architecture.embedding_norm, config)
         self.layers = [
             DecoderLayer(replace(source, place=place, prefix=f"blk.{index}."), config, layer)
@@ -119,6 +125,8 @@ class Decoder:
             x *= config.embedding_scale
         if self.positions is not None:
             x += operations.embedding(batch.positions, self.positions)
+        if self.token_type is not None:
+            x += self.token_type
         return self.embedding_norm(x) if self.embedding_norm else x
 
     def _step(self, steps: dict[torch.device, Step], batch: Batch, place: Place, precision: Precision) -> Step:

@@ -40,6 +40,7 @@ class DecoderLayer:
             self.networks.append(FeedForward(source, config))
         self.company = routing.company if self.experts and self.networks else 1.0
         self.skip = source.vector("layer_output_scale.weight", 1) if architecture.embedding_skip else None
+        self.normed_stream = architecture.normed_stream
         self.parallel = config.parallel
         names = architecture.feed_forward_norm
         if architecture.parallel == "without_norm" and not any(source.has(name) for name in names):
@@ -52,12 +53,17 @@ class DecoderLayer:
 
     def forward(
         self, residual: torch.Tensor, delta: torch.Tensor | None, step: Step, caches: Sequence[Cache]
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | None:
         """Adds `delta`, and all but this layer's last contribution, to the residual (T, hidden); returns that one."""
         x = enter(self.attention_norm, residual, delta)
         choice = self.experts.choose(residual, step) if self.experts and self.early else None
         ahead = [self.experts.forward(self.expert_norm(residual), step)] if self.experts and self.expert_norm else []
         mixed = sum_of([mixer.forward(x, step, cache) for mixer, cache in zip(self.mixers, caches, strict=True)])
+        if self.normed_stream:
+            residual.copy_(self.attention_post_norm(residual, mixed))
+            outputs = [network.forward(residual, step) for network in self.networks]
+            residual.copy_(self.feed_forward_post_norm(residual, sum_of(outputs)))
+            return None
         mixed = self._leave(self.attention_post_norm, mixed)
         if self.parallel:
             y = self.feed_forward_norm(residual) if self.feed_forward_norm else x
