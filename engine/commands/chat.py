@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ' lines of """. Ctrl-C interrupts an answer, Ctrl-D leaves, /help lists the commands. From a pipe each line is'
         " a turn, and only the answers are written to standard output."
     )
-    parser.add_argument("model", metavar="MODEL", help=shared.MODEL_HELP)
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=f"{shared.MODEL_HELP} (default: the demo model)")
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
     parser.add_argument(
         "--template",
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Talks until the input ends; returns the exit status, 1 if a turn from a pipe failed."""
-    model = str(find_model(options.model))
+    model = options.model and str(find_model(options.model))
     params = shared.sampling_params(options)
     from trichord.chat_session import ChatSession
 

@@ -19,6 +19,7 @@ from trichord import chat_template, template_worker
 from trichord.chat_template import ChatTemplate
 from trichord.errors import RequestError, TemplateError
 from trichord.gguf_file import GGUFFile
+from trichord.template_presets import PRESETS
 from trichord.template_process import MAX_CHARACTERS, template_process
 from trichord.tokenizers import Tokenizer
 
@@ -308,25 +309,110 @@ def test_messages_that_are_none(messages: object, says: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "warns", "text"),
+    ("tokens", "name", "text"),
     [
         (
             ["<|im_start|>", "<|im_end|>"],
-            "ChatML",
-            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi <b>é\n<|im_end|>\n<|im_start|>assistant\n",
+            "chatml, whose marks the vocabulary has",
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi <b>é<|im_end|>\n<|im_start|>assistant\n",
         ),
-        (["<s>"], "plain lines", "<s>system: Be brief.\nuser: Hi <b>é\n\nassistant:"),
+        (
+            ["<s>", "<|im_start|>", "<|im_end|>", "<|im_sep|>"],
+            "phi4",
+            "<|im_start|>system<|im_sep|>Be brief.<|im_end|><|im_start|>user<|im_sep|>Hi <b>é<|im_end|>"
+            "<|im_start|>assistant<|im_sep|>",
+        ),
+        (
+            ["<s>"],
+            "chatml, though the vocabulary has the marks of none",
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi <b>é<|im_end|>\n<|im_start|>assistant\n",
+        ),
     ],
 )
-def test_a_file_without_a_template(tmp_path: Path, tokens: list[str], warns: str, text: str) -> None:
+def test_a_file_without_a_template(tmp_path: Path, tokens: list[str], name: str, text: str) -> None:
     file = vocabulary(tmp_path / "model.gguf", tokens)
     tokenizer = Tokenizer.from_gguf(file)
-    with pytest.warns(UserWarning, match=rf"model.gguf: the file has no chat template; using .*{warns}") as caught:
+    with pytest.warns(UserWarning, match=rf"model.gguf: the file has no chat template; using {name}") as caught:
         template = ChatTemplate.from_gguf(file, tokenizer)
     assert len(caught) == 1
     assert template.render([SYSTEM, USER]) == text
     without_prompt = template.render([SYSTEM, USER], add_generation_prompt=False)
     assert text.startswith(without_prompt) and "assistant" not in without_prompt
+
+
+# What the models' own templates make of this conversation, which is what their tokenizer configurations say. The
+# beginning-of-sequence token is left to the tokenizer where a model's own template leaves it out.
+LAYOUTS = {
+    "llama3": (
+        "<s><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nU<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nA<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nV<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    ),
+    "llama4": (
+        "<s><|header_start|>system<|header_end|>\n\nS<|eot|><|header_start|>user<|header_end|>\n\nU<|eot|>"
+        "<|header_start|>assistant<|header_end|>\n\nA<|eot|><|header_start|>user<|header_end|>\n\nV<|eot|>"
+        "<|header_start|>assistant<|header_end|>\n\n"
+    ),
+    "phi4": (
+        "<|im_start|>system<|im_sep|>S<|im_end|><|im_start|>user<|im_sep|>U<|im_end|><|im_start|>assistant<|im_sep|>A<|im_end|>"
+        "<|im_start|>user<|im_sep|>V<|im_end|><|im_start|>assistant<|im_sep|>"
+    ),
+    "chatml": (
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
+        "<|im_start|>user\nV<|im_end|>\n<|im_start|>assistant\n"
+    ),
+    "gemma": (
+        "<s><start_of_turn>user\nS\n\nU<end_of_turn>\n<start_of_turn>model\nA<end_of_turn>\n"
+        "<start_of_turn>user\nV<end_of_turn>\n<start_of_turn>model\n"
+    ),
+    "deepseek": "<s>S<｜User｜>U<｜Assistant｜>A<｜end▁of▁sentence｜><｜User｜>V<｜Assistant｜>",
+    "mistral": "<s>[INST] S\n\nU [/INST] A</s>[INST] V [/INST]",
+    "command-r": (
+        "<s><|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>S<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|USER_TOKEN|>U"
+        "<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>A<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|>"
+        "<|USER_TOKEN|>V<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>"
+    ),
+    "granite": (
+        "<|start_of_role|>system<|end_of_role|>S<|end_of_text|>\n<|start_of_role|>user<|end_of_role|>U<|end_of_text|>\n"
+        "<|start_of_role|>assistant<|end_of_role|>A<|end_of_text|>\n<|start_of_role|>user<|end_of_role|>V<|end_of_text|>\n"
+        "<|start_of_role|>assistant<|end_of_role|>"
+    ),
+    "glm4": "[gMASK]<sop><|system|>\nS<|user|>\nU<|assistant|>\nA<|user|>\nV<|assistant|>\n",
+    "phi3": "<s><|system|>\nS<|end|>\n<|user|>\nU<|end|>\n<|assistant|>\nA<|end|>\n<|user|>\nV<|end|>\n<|assistant|>\n",
+    "zephyr": "<|system|>\nS</s>\n<|user|>\nU</s>\n<|assistant|>\nA</s>\n<|user|>\nV</s>\n<|assistant|>\n",
+    "llama2": "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nU [/INST] A </s><s>[INST] V [/INST]",
+    "vicuna": "S USER: U ASSISTANT: A</s>USER: V ASSISTANT:",
+    "alpaca": "S\n\n### Instruction:\nU\n\n### Response:\nA\n\n### Instruction:\nV\n\n### Response:\n",
+    "openchat": (
+        "S<|end_of_turn|>GPT4 Correct User: U<|end_of_turn|>GPT4 Correct Assistant: A<|end_of_turn|>"
+        "GPT4 Correct User: V<|end_of_turn|>GPT4 Correct Assistant:"
+    ),
+    "plain": "S\n\nuser: U\nassistant: A\nuser: V\nassistant:",
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_layouts_by_name(in_this_process: None, name: str) -> None:
+    roles = ("system", "user", "assistant", "user")
+    messages = [{"role": role, "content": f" {text}\n"} for role, text in zip(roles, "SUAV", strict=True)]
+    assert render(PRESETS[name].source, messages) == LAYOUTS[name]
+    parts = [{"type": "text", "text": "{}"}, {"type": "text", "text": "{bos}"}]
+    assert "{}{bos}" in render(PRESETS[name].source, [{"role": "user", "content": parts}])
+
+
+def test_a_template_instead_of_the_files_own(tmp_path: Path) -> None:
+    file = vocabulary(tmp_path / "model.gguf", ["<s>"], template="own")
+    tokenizer = Tokenizer.from_gguf(file)
+    (tmp_path / "mine.jinja").write_text("{{ bos_token }}mine", encoding="utf-8")
+    assert ChatTemplate.from_gguf(file, tokenizer).source == "own"
+    assert ChatTemplate.from_gguf(file, tokenizer, "vicuna").render([USER]) == "USER: Hi <b>é ASSISTANT:"
+    assert ChatTemplate.from_gguf(file, tokenizer, "vicuna").stop == ["USER:"]
+    assert ChatTemplate.from_gguf(file, tokenizer, tmp_path / "mine.jinja").render([USER]) == "<s>mine"
+    (tmp_path / "mine.jinja").write_bytes(b"\xff")
+    with pytest.raises(TemplateError, match=r"mine\.jinja: the template cannot be read: it is not UTF-8 text"):
+        ChatTemplate.from_gguf(file, tokenizer, tmp_path / "mine.jinja")
+    with pytest.raises(TemplateError, match=r"none: there is no such template file, and .* are llama3, llama4"):
+        ChatTemplate.from_gguf(file, tokenizer, "none")
 
 
 def test_a_template_of_the_wrong_type(tmp_path: Path) -> None:
@@ -344,7 +430,8 @@ def vocabulary(path: Path, special: list[str], template: object = None) -> GGUFF
     writer.add_array("tokenizer.ggml.merges", ["a b"])
     writer.add_uint32("tokenizer.ggml.bos_token_id", 0)
     if template is not None:
-        writer.add_uint32("tokenizer.chat_template", template)
+        add = writer.add_string if isinstance(template, str) else writer.add_uint32
+        add("tokenizer.chat_template", template)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()

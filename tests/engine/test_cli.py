@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -15,7 +16,9 @@ from types import SimpleNamespace
 import pytest
 from tiny_model import write_tiny_model
 
-from trichord import LLM, SamplingParams, __version__, cli
+from trichord import LLM, SamplingParams, __version__, cli, progress
+from trichord.commands.options import in_options
+from trichord.terminal import printable
 
 COMMAND = [sys.executable, "-m", "trichord.cli"]
 
@@ -57,7 +60,7 @@ def test_every_sampling_option_reaches_the_sampler(capsys, path, monkeypatch):
     monkeypatch.setattr(LLM, "stream", lambda self, prompt, params: seen.append(params) or stream(self, prompt, params))
     options = "--temp 0.5 --top-k 7 --top-p 0.9 --min-p 0.1 --repeat-penalty 1.1 --seed 5 --stop xyz --stop b -n 2"
     assert (
-        run(capsys, "run", path, "abc", "--device", "cpu", "--threads", "1", "--ctx", "64", *options.split()).status
+        run(capsys, "run", path, "abc", "--device", "cpu", "--threads", "1", "--context", "64", *options.split()).status
         == 0
     )
     assert seen == [
@@ -77,18 +80,22 @@ def test_the_prompt_comes_from_an_argument_a_file_or_standard_input(capsys, path
 @pytest.mark.parametrize(
     ("arguments", "stdin", "message"),
     [
-        (["absent.gguf", "hi"], b"", r"absent\.gguf"),
+        (["absent.gguf", "hi"], b"", r"absent\.gguf: there is no such file"),
+        (["absent.gguf"], b"", r"absent\.gguf: there is no such file"),
+        (["{path}", "hi", "--stop", ""], b"", "--stop must be"),
+        (["{path}", "hi", "--device", "cpu", "--gpu-layers", "2"], b"", "--gpu-layers=2 needs a GPU"),
         (["{path}"], b"", "prompt is empty"),
         (["{path}", "two", "words"], b"", "quotes"),
         (["{path}", "hi", "-f", "{path}"], b"", "given twice"),
         (["{path}", "-f", "absent.txt"], b"", "absent.txt"),
         (["{path}"], b"\xff\xfe", "not UTF-8"),
-        (["{path}", "hi", "--temp", "-1"], b"", "temperature"),
-        (["{path}", "hi", "-n", "0"], b"", "max_tokens"),
-        (["{path}", "hi", "--ctx", "0"], b"", "context_length"),
+        (["{path}", "hi", "--temp", "-1"], b"", "--temp must be a number at least 0, not -1"),
+        (["{path}", "hi", "-n", "0"], b"", "--max-tokens must be"),
+        (["{path}", "hi", "--context", "0"], b"", "--context must be from 1 to the model's 512, not 0"),
         (["{path}", "hi", "--threads", "0"], b"", "threads"),
         (["{path}", "hi", "--device", "tpu"], b"", "tpu"),
         (["{path}", "x" * 600], b"", "context holds 512"),
+        (["x" * 600, "-c", "100"], b"", r"shorten the prompt or raise --context\."),
     ],
 )
 def test_mistakes_are_one_sentence(capsys, path, monkeypatch, arguments, stdin, message):
@@ -108,7 +115,7 @@ def test_info_as_text_and_json(capsys, path):
 def test_help_and_version(capsys):
     assert run(capsys, "--version").out == f"trichord {__version__}\n"
     assert "complete a prompt" in run(capsys, "--help").out
-    for option in ("--max-tokens", "--temp", "--device", "--precision", "--threads", "--ctx", "--stop"):
+    for option in ("--max-tokens", "--temp", "--device", "--precision", "--threads", "--context", "--stop"):
         assert option in run(capsys, "run", "--help").out
     assert run(capsys).status == 2
 
@@ -130,7 +137,78 @@ def test_output_that_cannot_be_written_is_one_sentence(path):
 
 
 def test_control_characters_do_not_reach_a_terminal():
-    assert cli.printable("a\x1b[31m\u202eb\x07\n\tü\u00a0é") == "a\\x1b[31m\\u202eb\\x07\n\tü\u00a0é"
+    assert printable("a\x1b[31m\u202eb\x07\n\tü\u00a0é") == "a\\x1b[31m\\u202eb\\x07\n\tü\u00a0é"
+    assert printable("a\n\x85\u2028\u3000b", allowed="") == "a\\n\\x85\\u2028\u3000b"
+
+
+@pytest.mark.parametrize(
+    ("sentence", "shown"),
+    [
+        ("top_p must be a number.", "--top-p must be a number."),
+        ("Shorten it or raise context_length.", "Shorten it or raise --context."),
+        ("gpu_layers=3 needs a GPU.", "--gpu-layers=3 needs a GPU."),
+        ("The key 'llama.context_length' is missing", "The key 'llama.context_length' is missing"),
+        ("The seed must stop at the temperature.", "The seed must stop at the temperature."),
+    ],
+)
+def test_errors_name_options(sentence, shown):
+    assert in_options(sentence) == shown
+
+
+INTERRUPTED = """
+import sys
+
+class Interrupted:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupted())
+from trichord.cli import main
+sys.exit(main(["run", "hello"]))
+"""
+
+
+@pytest.mark.parametrize("module", ["argparse", "trichord.quantize", "torch"])
+def test_ctrl_c_during_the_first_imports_shows_no_traceback(module):
+    process = subprocess.run([sys.executable, "-c", INTERRUPTED, module], capture_output=True, stdin=subprocess.DEVNULL)
+    assert (process.returncode, process.stdout, process.stderr.strip()) == (130, b"", b"")
+
+
+@pytest.mark.parametrize(("seconds", "lines"), [((0.0, 0.0), 0), ((0.3, 0.3), 1), ((0.15, 0.15, 0.3), 1)])
+def test_long_compilations_are_announced_once(capsys, monkeypatch, seconds, lines):
+    monkeypatch.setattr(progress, "_PATIENCE", 0.4)
+    notice = progress.CompileNotice()
+
+    def say(text: str) -> None:
+        notice.handle(logging.LogRecord("trichord.compile", logging.INFO, "", 0, text, (), None))
+
+    say("compiling outer")  # which has the others compiled
+    for number, each in enumerate(seconds):
+        say(f"compiling {number}")
+        time.sleep(each)
+        say(f"compiled {number}")
+    say("compiled outer")
+    time.sleep(0.5)  # does not count: nothing is being compiled
+    assert capsys.readouterr().err.count("Compiling kernels for this CPU, once") == lines
+
+
+def test_each_compiled_kernel_is_named_to_the_log(tmp_path):
+    code = (
+        "import logging, sys\n"
+        "logging.basicConfig(stream=sys.stdout, level='INFO', format='%(name)s %(message)s')\n"
+        "import double\n"
+        "double.double(2)\n"
+    )
+    (tmp_path / "double.py").write_text(
+        "from trichord.cpu_fallback.jit import compiled\n@compiled\ndef double(x):\n    return 2 * x\n"
+    )
+    environment = os.environ | {"TRICHORD_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}
+    for expected in ("trichord.compile compiling double.double\ntrichord.compile compiled double.double\n", ""):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.stdout == expected, done.stderr
 
 
 def test_a_reader_that_leaves_ends_the_run_quietly(path):
