@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from dataclasses import dataclass, field, replace
 
@@ -214,6 +215,16 @@ def test_attention(backend, case, precision):
     assert y.shape == (starts[-1], case.heads, case.value_size) and y.dtype == torch.float32
     error = relative_error(y.cpu(), attention_oracle(case, q, contexts, starts))
     assert error < (1e-6 if precision == "exact" or backend is CPU else 1e-3)
+
+
+@pytest.mark.parametrize("case", CASES + VARIANTS, ids=str)
+def test_attention_without_numba_in_several_blocks(case, monkeypatch):
+    module = importlib.import_module("trichord.cpu_fallback.attention")
+    for name, value in (("have_numba", lambda: False), ("_BLOCK_TOKENS", 16), ("_BLOCK_KEYS", 40)):
+        monkeypatch.setattr(module, name, value)
+    arguments, q, contexts, starts = attention_inputs(case, CPU)
+    y = attend(CPU, case, arguments, "exact")
+    assert relative_error(y, attention_oracle(case, q, contexts, starts)) < 1e-6
 
 
 @both
