@@ -6,16 +6,16 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as List
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trichord.chat_template import ChatTemplate, check_messages, encode_rendered
 from trichord.errors import RequestError
-from trichord.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from trichord.llm import LLM, TextStream
+    from trichord.sampling_params import SamplingParams
 
 _THOUGHT_BEGINS, _THOUGHT_ENDS = "<think>", "</think>"
 
@@ -58,10 +58,10 @@ class ChatSession:
         """
         self.llm = llm
         self._tokenizer = llm.require_tokenizer()
-        self._template = ChatTemplate.from_gguf(llm.file, self._tokenizer, template)
+        own = template is None
+        self._template = llm.chat_template if own else ChatTemplate.from_gguf(llm.file, self._tokenizer, template)
         self._variables = {**template_arguments, "tools": tools}
-        params = params or SamplingParams()
-        self._params = replace(params, stop=[*params.stop, *self._template.stop])
+        self._params = self._template.with_stops(params)
         self._text, self._ids = "", []
         self.messages: list[dict[str, Any]] = []
         self.turns: list[Turn] = []

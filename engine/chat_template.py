@@ -6,10 +6,12 @@ import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trichord.errors import GGUFError, RequestError, TemplateError
+from trichord.sampling_params import SamplingParams
 from trichord.template_presets import PRESETS, Preset
 from trichord.template_process import template_process
 
@@ -65,6 +67,11 @@ class ChatTemplate:
             return cls(source, bos, eos)
         preset = PRESETS[instead] if instead is not None else _guess(file, tokenizer)
         return cls(preset.source, bos, eos, stop=preset.stop)
+
+    def with_stops(self, params: SamplingParams | None) -> SamplingParams:
+        """The parameters (None: the defaults), ending answers at `stop` as well."""
+        params = params or SamplingParams()
+        return replace(params, stop=[*params.stop, *self.stop])
 
     def render(
         self,

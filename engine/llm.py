@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as List
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
@@ -25,6 +26,7 @@ from trichord.gguf_file import GGUFFile
 from trichord.hub import find_model
 from trichord.models.config import ModelConfig
 from trichord.models.decoder import Decoder
+from trichord.models.lora import Adapter
 from trichord.outputs import RequestOutput
 from trichord.progress import progress_bar
 from trichord.sampling_params import SamplingParams
@@ -47,6 +49,7 @@ class LLM:
     how many layers, counted from the last, go to the GPU; None is all. kv_dtype: "f32" or "f16"; None is float32 for
     "exact", else float16. threads: CPU threads; None follows the machine. max_batch_tokens and max_sequences bound a
     step; cache_bytes bounds the key-value cache (None: what a full step of sequences can use, within the memory free).
+    lora: adapter files, each by itself or with its strength.
     progress: whether to show bars on standard error; None is where that is a terminal.
 
     Raises GGUFError, ModelError, DeviceError or RequestError. May be used from several threads.
@@ -65,6 +68,7 @@ class LLM:
         max_batch_tokens: int = 512,
         max_sequences: int = 64,
         cache_bytes: int | None = None,
+        lora: str | os.PathLike[str] | List[str | os.PathLike[str] | tuple[str | os.PathLike[str], float]] = (),
         progress: bool | None = None,
     ) -> None:
         started = time.perf_counter()
@@ -85,7 +89,7 @@ class LLM:
         outer = place if places[0] == place else CPU
         size = sum(tensor.nbytes for tensor in self.file.tensors.values())
         with progress_bar("Loading", size, "bytes", progress) as advance:
-            self.model = Decoder(self.file, self.config, places, outer, advance)
+            self.model = Decoder(self.file, self.config, places, outer, advance, self._adapters(lora))
         dtype = _kv_dtype(kv_dtype, precision)
         self._engine = Engine(
             self.model,
@@ -132,13 +136,18 @@ class LLM:
         tools: List[Mapping[str, Any]] | None = None,
         **template_arguments: Any,
     ) -> RequestOutput:
-        """Answers a conversation of {"role", "content"} messages, laid out by the file's own chat template.
+        """Answers a conversation of {"role", "content"} messages, laid out by `chat_template`.
 
         Raises TemplateError when the template fails, besides what `generate` raises.
         """
         prompt = self.chat_prompt(messages, tools=tools, **template_arguments)
-        (output,) = self.generate([prompt], params)
+        (output,) = self.generate([prompt], self.chat_template.with_stops(params))
         return output
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The file's own chat template, or where it has none the layout its vocabulary looks made for."""
+        return ChatTemplate.from_gguf(self.file, self.require_tokenizer())
 
     def chat_prompt(
         self,
@@ -148,9 +157,8 @@ class LLM:
         **template_arguments: Any,
     ) -> list[int]:
         """The token ids that the chat template makes of a conversation, up to where the answer begins."""
-        tokenizer = self.require_tokenizer()
-        template = ChatTemplate.from_gguf(self.file, tokenizer)
-        return encode_rendered(tokenizer, template.render(messages, tools=tools, **template_arguments))
+        text = self.chat_template.render(messages, tools=tools, **template_arguments)
+        return encode_rendered(self.require_tokenizer(), text)
 
     def logits(self, token_ids: List[int]) -> np.ndarray:
         """The logits (n_tokens, n_vocab) float32 after each of these tokens; needs no tokenizer."""
@@ -193,6 +201,11 @@ class LLM:
     def weight_bytes(self) -> int:
         """Bytes of packed weights that stay resident."""
         return self.model.weight_bytes
+
+    def _adapters(self, lora: Any) -> list[Adapter]:
+        files = [lora] if isinstance(lora, (str, os.PathLike)) else lora
+        pairs = [file if isinstance(file, tuple) else (file, 1.0) for file in files]
+        return [Adapter(path, strength, self.config.architecture.name) for path, strength in pairs]
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> list[Sequence]:
         if not self.config.architecture.causal:
