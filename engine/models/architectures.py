@@ -181,6 +181,7 @@ _COHERE: dict[str, Any] = {
     "head_norm": "layer",
     "logit_scale": "multiply",
 }
+_INPUT_BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
 _OUTPUT_BIAS = ("attn_output.bias",)
 _BIASES = (*_OUTPUT_BIAS, "ffn_gate.bias", "ffn_up.bias", "ffn_down.bias")
 _BERT: dict[str, Any] = {
@@ -306,6 +307,8 @@ ARCHITECTURES = {
             logit_scale="multiply",
             logit_scale_default=3**-0.5,
         ),
+        Architecture("grovemoe", experts=_NORMALIZED),
+        Architecture("hrm_text", **{**_BARE_NORMS, "output_norm": ()}, embedding_scale=1.0),
         Architecture("hunyuan-dense", head_norm_last=True),
         Architecture("hunyuan-moe", head_norm_last=True, experts=_NORMALIZED),
         Architecture("hunyuan_vl", head_norm_last=True),
@@ -333,7 +336,13 @@ ARCHITECTURES = {
         Architecture("maincoder", rotary="interleaved", head_norm_last=True),
         Architecture("maple", window_every=1, unrotated="full_attention", experts=Routing(normalize=True, clamp=7.0)),
         Architecture("mellum", experts=_NORMALIZED, window_every=4, window_base=0.0),
-        Architecture("mimo2", window_every=1, window_base=1e4, experts=Routing("sigmoid", normalize=True, scaled=True)),
+        Architecture(
+            "mimo2",
+            window_every=1,
+            window_base=1e4,
+            experts=Routing("sigmoid", normalize=True, scaled=True),
+            unused=_INPUT_BIASES,
+        ),
         Architecture(
             "minicpm",
             **_PAIRED,
@@ -362,6 +371,7 @@ ARCHITECTURES = {
         ),
         Architecture(
             "muse-glimmer",
+            **_PAIRED,
             **_POST_NORMS,
             embedding_norm=BARE,
             post_norm_epsilon=1e-8,

@@ -39,6 +39,9 @@ class ExpertConfig:
     normalize: bool
     scale: float
     gating: str
+    adjugate_group: int
+    """How many experts share an adjugate expert, where the file has such."""
+    adjugate_scale: float
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class ModelConfig:
     context_length: int
     layers: tuple[LayerConfig, ...]
     experts: ExpertConfig | None
+    recurrence: tuple[int, int, int]
+    """Layers of a stack, cycles, and passes through the low stack in each, of a recurrence in depth; else zeros."""
     parallel: bool
     attention_scale: float
     """0: one over the root of the head's size."""
@@ -163,6 +168,7 @@ class _Config:
             context_length=self.context_length,
             layers=self.layers(layers),
             experts=self.experts(),
+            recurrence=self.recurrence(),
             parallel=self.parallel(),
             attention_scale=self.attention_scale(),
             attention_soft_cap=self.or_else("attn_logit_softcapping", architecture.attention_soft_cap),
@@ -322,7 +328,14 @@ class _Config:
             gating = _GATINGS[number]
         normalize = metadata.flag("expert_weights_norm") if routing.normalize is None else routing.normalize
         scale = metadata.real("expert_weights_scale", 1.0) if routing.scaled else 1.0
-        return ExpertConfig(count, used, groups, groups_used, normalize, scale, gating)
+        adjugate = metadata.number("experts_per_group"), metadata.real("expert_group_scale", 0.05)
+        return ExpertConfig(count, used, groups, groups_used, normalize, scale, gating, *adjugate)
+
+    def recurrence(self) -> tuple[int, int, int]:
+        metadata = self.metadata
+        if metadata.flag("hrm.prefix_lm"):
+            metadata.fail("prompts whose tokens attend to later ones (hrm.prefix_lm) are not supported")
+        return tuple(metadata.number(f"hrm.{name}") for name in ("layers_per_stack", "h_cycles", "l_cycles"))
 
     def parallel(self) -> bool:
         parallel = self.architecture.parallel

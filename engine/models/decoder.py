@@ -21,7 +21,9 @@ from trichord.gguf_file import GGUFFile
 from trichord.models.config import ModelConfig
 from trichord.models.layer import DecoderLayer, enter
 from trichord.models.linear import Linear, TensorSource, project
+from trichord.models.lora import Adapter, check_all_used
 from trichord.models.norm import Norm
+from trichord.models.recurrence import Recurrence, Stream
 from trichord.models.step import Step
 from trichord.rotary import Rotary, RotaryConfig
 
@@ -40,6 +42,7 @@ class Decoder:
         places: Sequence[Place],
         outer: Place,
         loaded: Callable[[int], None] = lambda _: None,
+        adapters: Sequence[Adapter] = (),
     ) -> None:
         self.config = config
         self.outer = outer
@@ -49,7 +52,7 @@ class Decoder:
             self.weight_bytes += nbytes
             loaded(nbytes)
 
-        source = TensorSource(file, outer, arrived, config.architecture.unused)
+        source = TensorSource(file, outer, arrived, config.architecture.unused, tuple(adapters))
         self.vocabulary = _vocabulary(file)
         self.embedding = source.weight("token_embd", self.vocabulary, config.hidden_size)
         learned = source.has("position_embd") and config.architecture.learned_positions
@@ -61,16 +64,21 @@ class Decoder:
         )
         self.token_type = None if types is None else types[0]
         self.embedding_norm = Norm.of(source, config.architecture.embedding_norm, config)
-        self.layers = [
-            DecoderLayer(replace(source, place=place, prefix=f"blk.{index}."), config, layer)
-            for index, (place, layer) in enumerate(zip(places, config.layers, strict=True))
-        ]
+        self.recurrence = Recurrence.of(source, config)
+        blocks: dict[int, DecoderLayer] = {}
+        self.layers: list[DecoderLayer] = []
+        for index, (place, layer) in enumerate(zip(places, config.layers, strict=True)):
+            block = self.recurrence.block(index) if self.recurrence else index
+            if block not in blocks:
+                blocks[block] = DecoderLayer(replace(source, place=place, prefix=f"blk.{block}."), config, layer)
+            self.layers.append(blocks[block])
         self.has_states = any(isinstance(spec, StateSpec) for layer in self.layers for spec in layer.caches)
         self.output_norm = Norm.of(source, config.architecture.output_norm, config)
         if source.has("output"):
             self.output = source.linear("output", self.vocabulary, config.hidden_size)
         else:
             self.output = Linear(self.embedding, source.optional_vector("output.bias", self.vocabulary))
+        check_all_used(adapters)
         self.rotaries = {
             layer.rotary: Rotary(layer.rotary, _rotary_divisors(source, config, layer.rotary))
             for layer in config.layers
@@ -88,20 +96,29 @@ class Decoder:
         with torch.cuda.device_of(outer.batch.token_ids):
             residual = self._embed(outer.batch)
         embedded = residual.clone() if self.config.architecture.embedding_skip else None
-        delta = None
         if len(batch.new_slots) and self.has_states:
             for layer, layer_caches in zip(self.layers, caches, strict=True):
                 for cache in layer_caches:
                     if isinstance(cache, StateCache):
                         cache.clear(batch.new_slots.to(layer.place.device))
-        for layer, layer_caches in zip(self.layers, caches, strict=True):
-            step = self._step(steps, batch, layer.place, precision)
-            residual, delta = _moved(residual, delta, layer.place.device)
-            if embedded is not None:
-                step.embedded = embedded = embedded.to(layer.place.device)
+
+        def through(residual: torch.Tensor, layers: range) -> Stream:
+            delta = None
+            for index in layers:
+                layer = self.layers[index]
+                step = self._step(steps, batch, layer.place, precision)
+                residual, delta = _moved(residual, delta, layer.place.device)
+                if embedded is not None:
+                    step.embedded = embedded.to(layer.place.device)
+                with torch.cuda.device_of(residual):
+                    delta = layer.forward(residual, delta, step, caches[index])
+            return _moved(residual, delta, self.outer.device)
+
+        if self.recurrence:
             with torch.cuda.device_of(residual):
-                delta = layer.forward(residual, delta, step, layer_caches)
-        residual, delta = _moved(residual, delta, self.outer.device)
+                residual, delta = self.recurrence.forward(residual, through), None
+        else:
+            residual, delta = through(residual, range(len(self.layers)))
         rows = outer.batch.logit_rows
         delta = None if delta is None else delta[rows]
         with torch.cuda.device_of(residual):

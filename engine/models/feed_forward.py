@@ -46,36 +46,57 @@ class FeedForward:
         return y if self.share is None else y.mul_((x @ self.share).sigmoid_()[:, None])
 
 
-class Experts:
+class ExpertNetworks:
+    """Feed-forward networks of which each token takes a few. `suffix` distinguishes their tensors."""
+
+    def __init__(self, source: TensorSource, config: ModelConfig, layer: LayerConfig, suffix: str) -> None:
+        self.operations = source.place.operations
+        self.activation = config.architecture.activation
+        self.weights_first = config.architecture.experts.weights_first
+        self.clamp = layer.expert_clamp
+        hidden = config.hidden_size
+        self.count, width = source.shape(f"ffn_down{suffix}")[::2]
+        self.output = source.linear(f"ffn_down{suffix}", self.count, hidden, width)
+        fused = source.has(f"ffn_gate_up{suffix}")
+        sides = ("gate", "up") if source.has(f"ffn_gate{suffix}") else ("up",)
+        self.inputs = (
+            [source.linear(f"ffn_gate_up{suffix}", self.count, 2 * width, hidden)]
+            if fused
+            else [source.linear(f"ffn_{side}{suffix}", self.count, width, hidden) for side in sides]
+        )
+        self.gated_width = width if fused else 0
+
+    def forward(self, x: torch.Tensor, step: Step, choice: Choice) -> torch.Tensor:
+        """x (T, hidden) -> (T, hidden), through the chosen experts."""
+        chosen, weights = choice
+        inputs = (x[:, None] * weights[..., None]).contiguous() if self.weights_first else x
+        products = project_experts(inputs, self.inputs, chosen, step.precision)
+        y = activated(self.operations, products, self.gated_width, self.activation, self.clamp)
+        (y,) = project_experts(y, [self.output], chosen, step.precision)
+        return y.sum(1) if self.weights_first else torch.bmm(weights[:, None], y)[:, 0]
+
+
+class Experts(ExpertNetworks):
     """Each token goes through the few experts that its router scores best."""
 
     def __init__(self, source: TensorSource, config: ModelConfig, layer: LayerConfig) -> None:
         if config.experts is None:
             raise source.fail(f"{source.prefix}ffn_gate_inp routes to experts that the metadata does not count")
-        self.operations = source.place.operations
-        self.activation = config.architecture.activation
-        self.weights_first = config.architecture.experts.weights_first
-        self.clamp = layer.expert_clamp
-        self.experts = config.experts
-        count, hidden = config.experts.count, config.hidden_size
-        self.router = source.linear("ffn_gate_inp", count, hidden)
+        super().__init__(source, config, layer, "_exps")
+        self.routing = config.experts
+        if self.count != self.routing.count:
+            raise source.fail(f"{source.prefix}ffn_down_exps holds {self.count} experts of {self.routing.count}")
+        self.router = source.linear("ffn_gate_inp", self.count, config.hidden_size)
         names = ("exp_probs_b.bias", "exp_probs_b")
-        self.bias = next((source.vector(name, count) for name in names if source.has_tensor(name)), None)
-        width = source.shape("ffn_down_exps")[-1]
-        self.output = source.linear("ffn_down_exps", count, hidden, width)
-        fused = source.has("ffn_gate_up_exps")
-        sides = ("gate", "up") if source.has("ffn_gate_exps") else ("up",)
-        self.inputs = (
-            [source.linear("ffn_gate_up_exps", count, 2 * width, hidden)]
-            if fused
-            else [source.linear(f"ffn_{side}_exps", count, width, hidden) for side in sides]
-        )
-        self.gated_width = width if fused else 0
+        self.bias = next((source.vector(name, self.count) for name in names if source.has_tensor(name)), None)
 
-    def choose(self, x: torch.Tensor, step: Step) -> Choice:
-        """The experts of each token of x (T, hidden)."""
-        routing = self.experts
-        (logits,) = project(x, [self.router], step.precision)
+    def score(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        """The logits (T, X) of all experts for x (T, hidden)."""
+        return project(x, [self.router], step.precision)[0]
+
+    def best_of(self, logits: torch.Tensor) -> Choice:
+        """The experts of each token by their logits (T, X)."""
+        routing = self.routing
         return self.operations.route(
             logits,
             routing.used,
@@ -89,12 +110,7 @@ class Experts:
 
     def forward(self, x: torch.Tensor, step: Step, choice: Choice | None = None) -> torch.Tensor:
         """x (T, hidden) -> (T, hidden), through the experts chosen by x itself or already."""
-        chosen, weights = choice or self.choose(x, step)
-        inputs = (x[:, None] * weights[..., None]).contiguous() if self.weights_first else x
-        products = project_experts(inputs, self.inputs, chosen, step.precision)
-        y = activated(self.operations, products, self.gated_width, self.activation, self.clamp)
-        (y,) = project_experts(y, [self.output], chosen, step.precision)
-        return y.sum(1) if self.weights_first else torch.bmm(weights[:, None], y)[:, 0]
+        return super().forward(x, step, choice or self.best_of(self.score(x, step)))
 
 
 def activated(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from trichord.cache import Cache
+from trichord.models.adjugate_experts import AdjugateExperts
 from trichord.models.attention import Attention
 from trichord.models.config import LayerConfig, ModelConfig
 from trichord.models.feed_forward import Experts, FeedForward
@@ -29,7 +30,8 @@ class DecoderLayer:
         self.mixers = [Attention(source, config, layer)] if layer.heads else []
         self.caches = [mixer.cache for mixer in self.mixers]
         routing = architecture.experts
-        self.experts = Experts(source, config, layer) if source.has("ffn_gate_inp") else None
+        kind = AdjugateExperts if source.has("ffn_down_chexps") else Experts
+        self.experts = kind(source, config, layer) if source.has("ffn_gate_inp") else None
         self.early = routing.early
         # The norm of experts that read the layer's input and work beside the whole layer.
         self.expert_norm = Norm.of(source, ("ffn_norm_exps",), config) if source.has("ffn_norm_exps") else None
@@ -56,7 +58,7 @@ class DecoderLayer:
     ) -> torch.Tensor | None:
         """Adds `delta`, and all but this layer's last contribution, to the residual (T, hidden); returns that one."""
         x = enter(self.attention_norm, residual, delta)
-        choice = self.experts.choose(residual, step) if self.experts and self.early else None
+        choice = self.experts.best_of(self.experts.score(residual, step)) if self.experts and self.early else None
         ahead = [self.experts.forward(self.expert_norm(residual), step)] if self.experts and self.expert_norm else []
         mixed = sum_of([mixer.forward(x, step, cache) for mixer, cache in zip(self.mixers, caches, strict=True)])
         if self.normed_stream:

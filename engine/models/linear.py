@@ -11,6 +11,7 @@ from trichord.device import Place
 from trichord.dispatch import Precision, expert_matmul, matmul
 from trichord.errors import ModelError
 from trichord.gguf_file import GGUFFile
+from trichord.models.lora import Adapter, LowRank
 from trichord.weight_format import Weight
 from trichord.weights import load_vector, load_weight
 
@@ -21,12 +22,18 @@ class Linear:
 
     weight: Weight
     bias: torch.Tensor | None = None
+    adapters: tuple[LowRank, ...] = ()
 
 
 def project(x: torch.Tensor, linears: Sequence[Linear], precision: Precision) -> list[torch.Tensor]:
     """x (T, K) through several linears that share their input and device: [(T, N), ...]."""
     products = matmul(x, [linear.weight for linear in linears], precision)
-    return [y if linear.bias is None else y.add_(linear.bias) for y, linear in zip(products, linears, strict=True)]
+    for y, linear in zip(products, linears, strict=True):
+        if linear.bias is not None:
+            y += linear.bias
+        for adapter in linear.adapters:
+            y += adapter.of(x)
+    return products
 
 
 def project_experts(
@@ -34,23 +41,27 @@ def project_experts(
 ) -> list[torch.Tensor]:
     """x (T, K) or (T, E, K) through the matrices of each token's experts (T, E): [(T, E, N), ...]."""
     products = expert_matmul(x, [linear.weight for linear in linears], experts, precision)
-    return [
-        y if linear.bias is None else y.add_(linear.bias[experts.long()])
-        for y, linear in zip(products, linears, strict=True)
-    ]
+    for y, linear in zip(products, linears, strict=True):
+        if linear.bias is not None:
+            y += linear.bias[experts.long()]
+        for adapter in linear.adapters:
+            y += adapter.of_experts(x, experts)
+    return products
 
 
 @dataclass(frozen=True)
 class TensorSource:
     """Loads the tensors below `prefix` to one device, checking each against the shape that is expected of it.
 
-    `loaded` is told the bytes of every weight. Optional tensors among `unused` count as missing.
+    `loaded` is told the bytes of every weight. Optional tensors among `unused` count as missing. `adapters` change
+    the linears they have tensors for.
     """
 
     file: GGUFFile
     place: Place
     loaded: Callable[[int], None]
     unused: tuple[str, ...] = ()
+    adapters: tuple[Adapter, ...] = ()
     prefix: str = ""
 
     def within(self, prefix: str) -> TensorSource:
@@ -72,7 +83,9 @@ class TensorSource:
     def linear(self, name: str, *shape: int) -> Linear:
         """`name.weight` of this shape (out features, in features), and `name.bias` where there is one."""
         weight = self.weight(name, *shape)
-        return Linear(weight, self.optional_vector(f"{name}.bias", *shape[:-1]))
+        found = [adapter.find(f"{self.prefix}{name}.weight", shape, self.place) for adapter in self.adapters]
+        bias = self.optional_vector(f"{name}.bias", *shape[:-1])
+        return Linear(weight, bias, tuple(low_rank for low_rank in found if low_rank))
 
     def weight(self, name: str, *shape: int) -> Weight:
         """`name.weight`."""
