@@ -39,7 +39,7 @@ class Unigram:
         self._merges_spaces = file.get("tokenizer.ggml.remove_extra_whitespaces", bool, False)
         self._charsmap = _charsmap(file)
         scores = required_scores(vocabulary)
-        normal = vocabulary.ids_of(TokenType.NORMAL)
+        normal = vocabulary.ids_of(TokenType.NORMAL)  # unused ones fill gaps, with scores that mean nothing
         if not normal:
             raise TokenizerError(f"{file.path.name}: the vocabulary has no normal tokens")
         user_defined = vocabulary.ids_of(TokenType.USER_DEFINED)

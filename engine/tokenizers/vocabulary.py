@@ -42,7 +42,7 @@ _STOP_TEXTS = {
     *("<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "<｜end▁of▁sentence｜>"),
     # A code model writes these after the end of the file it completes.
     *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<reponame>"),
-    *("<repo_name>", "<|file_sep|>"),
+    *("<repo_name>", "<REPO>", "<|file_sep|>", "<PAD>", "[PAD]"),
 }
 # Vocabularies in which one of the texts above only ends a part of the answer: (text, the tokens they are known by).
 _NO_STOP = (
