@@ -20,6 +20,7 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
+from trichord.cpu_fallback.attention_scores import cap, soften, tilt
 from trichord.cpu_fallback.jit import compile_address, compiled, threads
 from trichord.cpu_fallback.jobs import FIELDS, run
 from trichord.cpu_fallback.native import emitter_for, exp, floats, from_half, halves, integers, pointer
@@ -173,48 +174,6 @@ def _load_values(target, address, is_half, size, stride, count):  # type: ignore
                 target[row, column] = numbers[column]
 
 
-@compiled(fastmath={"contract"})
-def _tanh(x):  # type: ignore[no-untyped-def]
-    """tanh(x), float32: the polynomial of Cephes' tanhf near zero, where the exponential would cancel."""
-    one, two = np.float32(1.0), np.float32(2.0)
-    far = one - two / (exp(two * abs(x)) + one)
-    square = x * x
-    near = np.float32(-5.70498872745e-3)
-    near = near * square + np.float32(2.06390887954e-2)
-    near = near * square + np.float32(-5.37397155531e-2)
-    near = near * square + np.float32(1.33314422036e-1)
-    near = near * square + np.float32(-3.33332819422e-1)
-    near = near * square * x + x
-    return near if abs(x) < np.float32(0.625) else (far if x > 0 else -far)
-
-
-@compiled
-def _cap(scores, limit):  # type: ignore[no-untyped-def]
-    """Scores -> limit * tanh(score / limit)."""
-    for index in range(len(scores)):
-        scores[index] = limit * _tanh(scores[index] / limit)
-
-
-@compiled
-def _tilt(scores, slope, distance):  # type: ignore[no-untyped-def]
-    """Adds slope * distance to the first score, slope * (distance + 1) to the next, and so on."""
-    for index in range(len(scores)):
-        scores[index] += slope * np.float32(distance + index)
-
-
-@compiled(fastmath={"reassoc", "contract", "nnan", "nsz"})
-def _soften(scores, largest):  # type: ignore[no-untyped-def]
-    """Scores -> their exponentials below the new maximum; (maximum, sum)."""
-    for index in range(len(scores)):
-        largest = max(largest, scores[index])
-    total = np.float32(0.0)
-    for index in range(len(scores)):
-        weight = exp(scores[index] - largest)
-        scores[index] = weight
-        total += weight
-    return largest, total
-
-
 @compiled
 def _seen(problem, position, length):  # type: ignore[no-untyped-def]
     """What a query at this position sees: the first position, and one past the last."""
@@ -271,11 +230,11 @@ def _attend_tile(problem, task, state):  # type: ignore[no-untyped-def]
             scores[row, high:] = 0.0
             seen = scores[row, low:high]
             if problem.soft_cap != 0.0:
-                _cap(seen, problem.soft_cap)
+                cap(seen, problem.soft_cap)
             if problem.slopes != 0:
                 head = kv_head * group + (first_row + row) % group
-                _tilt(seen, floats(problem.slopes + 4 * head, 1)[0], start + low - position)
-            largest, added = _soften(seen, state[row, maximum])
+                tilt(seen, floats(problem.slopes + 4 * head, 1)[0], start + low - position)
+            largest, added = soften(seen, state[row, maximum])
             if largest > state[row, maximum]:
                 decay = exp(state[row, maximum] - largest)
                 for column in range(state.shape[1]):
