@@ -284,7 +284,10 @@ def test_ctrl_c_interrupts_an_answer_and_ctrl_d_leaves(path, template):
         deadline = time.monotonic() + 120
         while not re.search(pattern, shown, re.DOTALL):
             assert time.monotonic() < deadline, shown
-            shown += os.read(parent, 4096)
+            try:
+                shown += os.read(parent, 4096)
+            except OSError:  # the process has ended
+                pytest.fail(f"{shown!r} does not show {pattern!r}")
 
     try:
         until(rb"leaves\..*> ")
