@@ -96,6 +96,14 @@ def add_machine(parser: argparse.ArgumentParser, context: str = "N positions of 
     number("--threads", int, None, "CPU threads (default: one for each core)")
     group.add_argument("-c", "--context", type=int, metavar="N", help=context)
     group.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        type=_adapter,
+        metavar="FILE[:X]",
+        help="add a LoRA adapter, X times as strong; may be given several times",
+    )
+    group.add_argument(
         "--kv-dtype",
         choices=("f32", "f16"),
         help="number format of the key-value cache (default: f16; f32 with --precision exact)",
@@ -115,9 +123,19 @@ def load_model(
         context_length=context_length,
         gpu_layers=options.gpu_layers,
         kv_dtype=options.kv_dtype,
+        lora=options.lora,
         threads=options.threads,
         max_sequences=max_sequences,
     )
+
+
+def _adapter(argument: str) -> tuple[str, float]:
+    """FILE or FILE:STRENGTH, where a file's own name may have colons."""
+    path, colon, strength = argument.rpartition(":")
+    try:
+        return (path, float(strength)) if colon and path else (argument, 1.0)
+    except ValueError:
+        return argument, 1.0
 
 
 def _numbers(group: argparse._ArgumentGroup) -> Callable[[str, type, object, str], None]:
