@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 
@@ -19,7 +18,7 @@ from trichord.models.config import ModelConfig
 from trichord.models.linear import TensorSource
 from trichord.models.norm import Norm
 
-Stream = tuple[torch.Tensor, Optional[torch.Tensor]]
+Stream = tuple[torch.Tensor, torch.Tensor | None]
 """A residual (T, hidden) and what is still to be added to it."""
 _START = "hrm.z_l_init"
 
