@@ -12,6 +12,7 @@ from support import relative_error
 
 from trichord import GGUFFile, WeightFormat, dispatch_matmul, load_weight
 from trichord import weights as weights_module
+from trichord.dispatch import expert_matmul
 from trichord.errors import GGUFError, ModelError, RequestError
 from trichord.weights import load_vector
 
@@ -34,6 +35,7 @@ def file(tmp_path, source):
     writer.add_tensor("b.scale", np.array([0.25, 3.0], np.float32))
     writer.add_tensor("gain", source[0].astype(np.float16))
     writer.add_tensor("experts.weight", np.stack([source, source]))
+    writer.add_tensor("experts.scale", np.array([0.5, 2.0], np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -72,6 +74,15 @@ def test_the_scale_beside_a_weight_multiplies_the_product(file):
     assert relative_error(y, 0.25 * dense(file, "a.weight").sum(1)[None]) < 1e-5
     with pytest.raises(GGUFError, match=r"b\.scale"):
         load_weight(file, "b.weight")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_each_expert_may_have_a_scale(file, source, device):
+    weight = load_weight(file, "experts.weight", device)
+    assert weight.scale.tolist() == [0.5, 2.0]
+    experts = torch.tensor([[1, 0]], dtype=torch.int32)
+    (y,) = expert_matmul(torch.ones(1, COLUMNS), [weight], experts, "exact")
+    assert relative_error(y.numpy(), np.outer([2.0, 0.5], source.sum(1, dtype=np.float64))[None]) < 2e-6
 
 
 def test_the_cpu_reads_the_file_in_place(file):

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from math import prod
 
 import pytest
 import torch
@@ -37,12 +38,18 @@ PRODUCTS = {
     "MXFP4": [(1, "default"), (64, "default")],
     "IQ3_S": [(1, "default"), (64, "default")],
 }
+# Tokens of 8 experts of 64: a matrix for each pair, or tiles of pairs.
+EXPERT_PRODUCTS = {
+    "F16": [(1, "default"), (100, "default")],
+    "Q4_K": [(1, "default"), (1, "exact"), (100, "default"), (4096, "default")],
+    "Q6_K": [(1, "fast"), (512, "default")],
+}
 
 
-def zeros(weight_format: WeightFormat, rows: int, columns: int) -> Weight:
-    blocks = torch.zeros((rows, weight_format.row_bytes(columns)), dtype=torch.uint8)
-    data = triton_kernels.pack(blocks, weight_format, columns)
-    return Weight(data, weight_format, (rows, columns), "planes")
+def zeros(weight_format: WeightFormat, *shape: int) -> Weight:
+    columns = shape[-1]
+    blocks = torch.zeros((prod(shape[:-1]), weight_format.row_bytes(columns)), dtype=torch.uint8)
+    return Weight(triton_kernels.pack(blocks, weight_format, columns), weight_format, shape, "planes")
 
 
 def launches(target: str) -> dict[str, Callable[[], object]]:
@@ -61,6 +68,25 @@ def launches(target: str) -> dict[str, Callable[[], object]]:
         if name in ("F32", "Q6_K", "IQ3_S"):
             calls[f"{name} dequantize"] = partial(triton_kernels.dequantize, weight)
             calls[f"{name} embedding"] = partial(triton_kernels.embedding, torch.zeros(3, dtype=torch.int64), weight)
+    for name, products in EXPERT_PRODUCTS.items():
+        weight = zeros(WeightFormat[name], 64, ROWS, COLUMNS)
+        for tokens, precision in products:
+            x, experts = torch.zeros((tokens, COLUMNS)), torch.zeros((tokens, 8), dtype=torch.int32)
+            calls[f"{name} {tokens} {precision} by experts"] = partial(
+                triton_kernels.expert_matmul, x, [weight], experts, precision
+            )
+    for gating, groups in (("softmax", 1), ("sigmoid", 8), ("softmax_of_chosen", 1)):
+        logits, bias = torch.zeros((3, 256)), torch.zeros(256) if groups > 1 else None
+        calls[f"route by {gating}"] = partial(
+            triton_kernels.route,
+            logits,
+            8,
+            gating,
+            bias,
+            groups=groups,
+            groups_used=max(1, groups // 2),
+            normalize=True,
+        )
     return calls
 
 
@@ -95,6 +121,14 @@ def test_many_rows_run_on_tensor_cores(kernels):
         assert set(re.findall(r"wgmma[\w.]*\.f32\.(\w+)\.(\w+)", kernel.asm)) == {("f16", "f16")}, call
     for call, kernel in products(kernels, "gfx942", r"(?!F32)\w+ (16|64|128) default").items():
         assert "v_mfma_f32" in kernel.asm and "_f16" in kernel.asm, call
+
+
+def test_experts_run_as_plain_products_do(kernels):
+    for target, dot, many in (("sm_90", "dp4a.s32.s32", "wgmma"), ("gfx942", "v_dot4_i32_i8", "v_mfma_f32")):
+        for call, kernel in products(kernels, target, r"Q\w+ 1 (default|fast) by experts").items():
+            assert dot in kernel.asm, call
+        for call, kernel in products(kernels, target, r"\w+ \d{3,} default by experts").items():
+            assert many in kernel.asm, call
 
 
 def test_no_operand_is_rounded_to_tf32_or_bf16(kernels):
