@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     interpreting = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-    if not interpreting and (reason := _no_gpu()):
+    if not interpreting and (reason := no_gpu()):
         print(f"{parser.prog}: this needs a GPU: {reason}.", file=sys.stderr)
         return 1
     if options.child:
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _no_gpu() -> str | None:
+def no_gpu() -> str | None:
     """Why there is no GPU to use, or None."""
     if importlib.util.find_spec("triton") is None:
         return "the triton package is not installed"

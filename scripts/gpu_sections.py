@@ -44,6 +44,7 @@ class Size:
     generate: int = 64
     batches: tuple[int, ...] = (1, 8, 64)
     logits: int = 24
+    repeats: int = 3
 
 
 QUICK = Size(
@@ -54,10 +55,11 @@ QUICK = Size(
     rounds=2,
     moved_bytes=1 << 16,
     models=("tiny:Q4_K_M",),
-    prompt=3,
+    prompt=2,
     generate=2,
     batches=(1, 2),
-    logits=3,
+    logits=1,
+    repeats=1,
 )
 
 
@@ -211,11 +213,11 @@ def products(place: Place, size: Size) -> Iterator[Finding]:
         baseline = {}
         for count in size.rows:
             x = _activations(count, shape[1]).to(place.device, torch.float16)
-            baseline[count] = seconds(place, _in_turn(lambda w, x=x: x @ w.T, _copies(half, size)), size.rounds)
+            baseline[count] = seconds(place, _in_turn(lambda w, x=x: x @ w.T, copies(half, size)), size.rounds)
         formats = _formats(place) if shape == size.shapes[0] else [WeightFormat[name] for name in _MAIN_FORMATS[:3]]
         for format in formats:
             weight = random_weight(place, format, *shape)
-            weights = [Weight(data, format, shape, place.layout) for data in _copies(weight.data, size)]
+            weights = [Weight(data, format, shape, place.layout) for data in copies(weight.data, size)]
             for count in size.rows:
                 x = _activations(count, shape[1]).to(place.device)
                 product = _in_turn(lambda w, x=x: place.operations.matmul(x, [w], "default"), weights)
@@ -232,7 +234,7 @@ def products(place: Place, size: Size) -> Iterator[Finding]:
                 )
 
 
-def _copies(data: torch.Tensor, size: Size) -> list[torch.Tensor]:
+def copies(data: torch.Tensor, size: Size) -> list[torch.Tensor]:
     """As many copies as no cache of the GPU holds."""
     return [data.clone() for _ in range(min(64, max(1, size.moved_bytes // 2 // max(1, data.nbytes))))]
 
@@ -288,11 +290,11 @@ def generation(place: Place, size: Size) -> Iterator[Finding]:
             write_synthetic_model(path, shape, mix)
             engine = Trichord(str(path), device="cuda", batch=max(size.batches))
             yield Finding(f"{described}: load", {"seconds": engine.load_seconds})
-            engine.prompt(size.prompt, seed=0)  # compiles
-            took = statistics.median(engine.prompt(size.prompt, seed=seed) for seed in (1, 2, 3))
+            engine.prompt(size.prompt, seed=-1)  # compiles
+            took = statistics.median(engine.prompt(size.prompt, seed=seed) for seed in range(size.repeats))
             speed = {"tokens/s": size.prompt / took, "seconds to first token": took}
             yield Finding(f"{described}: prompt of {size.prompt}", speed)
-            took = statistics.median(engine.prompt(1, seed=seed) for seed in (1, 2, 3))
+            took = statistics.median(engine.prompt(1, seed=seed) for seed in range(size.repeats))
             yield Finding(f"{described}: prompt of 1", {"seconds to first token": took})
             for batch in size.batches:
                 engine.generate(2, seed=0, batch=batch)
