@@ -9,6 +9,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import argparse
 
+_EXAMPLES = """\
+trichord COMMAND --help tells all about one of them. For example:
+  trichord run model.gguf "The capital of France is" -n 20
+  trichord chat bartowski/Llama-3.2-1B-Instruct-GGUF
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status: 1 after an error, 130 after Ctrl-C."""
@@ -69,14 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     from trichord import __version__, quantize, split
     from trichord.commands import archs, chat, embed, info, perplexity, run
 
-    parser = argparse.ArgumentParser(
-        prog="trichord",
-        description="Runs GGUF language models, on the GPU through fused Triton kernels or on the CPU.",
-        epilog="trichord COMMAND --help lists a command's options.",
-    )
-    parser.add_argument("--version", action="version", version=f"trichord {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, what, add, command in (
+    table = (
         ("run", "complete a prompt", run.add_arguments, run.run),
         ("chat", "talk with a model", chat.add_arguments, chat.run),
         ("info", "describe a GGUF file", info.add_arguments, info.run),
@@ -86,8 +85,19 @@ def _parser() -> argparse.ArgumentParser:
         ("quantize", "convert a GGUF file to smaller weight formats", quantize.add_arguments, quantize.run),
         ("split", "cut a GGUF file into parts", split.add_split_arguments, split.run_split),
         ("merge", "join the parts of a split GGUF file", split.add_merge_arguments, split.run_merge),
-    ):
-        subparser = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+    )
+    listed = "\n".join(f"  {name:<13}{what}" for name, what, *_ in table)
+    parser = argparse.ArgumentParser(
+        prog="trichord",
+        usage="trichord [-h] [--version] COMMAND ...",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Runs GGUF language models, on the GPU through fused Triton kernels or on the CPU.",
+        epilog=f"commands:\n{listed}\n\n{_EXAMPLES}",
+    )
+    parser.add_argument("--version", action="version", version=f"trichord {__version__}")
+    commands = parser.add_subparsers(prog="trichord", metavar="COMMAND", required=True, help=argparse.SUPPRESS)
+    for name, what, add, command in table:
+        subparser = commands.add_parser(name, description=f"{what[0].upper()}{what[1:]}.")
         add(subparser)
         subparser.set_defaults(command=command)
     return parser

@@ -76,7 +76,9 @@ def sampling_params(options: argparse.Namespace) -> SamplingParams:
     )
 
 
-def add_machine(parser: argparse.ArgumentParser, context: str = "N positions of context, to save memory") -> None:
+def add_machine(
+    parser: argparse.ArgumentParser, context: str = "positions of context (default: the model's own; fewer save memory)"
+) -> None:
     """Options of `load_model`; `context` is the help of the one for the context's length."""
     group = parser.add_argument_group("machine")
     number = _numbers(group)

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", "--file", type=Path, required=True, metavar="FILE", help="the text, in UTF-8")
     parser.add_argument("--chunks", type=int, metavar="N", help="only the first N chunks")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    shared.add_machine(parser, f"N tokens in a chunk (default: {DEFAULT_CONTEXT}, or the model's context if smaller)")
+    shared.add_machine(parser, f"tokens in a chunk (default: {DEFAULT_CONTEXT}, or the model's context if smaller)")
 
 
 def run(options: argparse.Namespace) -> int:

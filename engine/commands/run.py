@@ -21,6 +21,7 @@ DEMO_PROMPT = "Once upon a time"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `trichord run`."""
     parser.usage = "trichord run [MODEL] [PROMPT] [options]"
+    parser.description = "Complete a prompt, taken as it is: `trichord chat` lays a conversation out for the model."
     parser.add_argument(
         "words",
         nargs="*",
