@@ -1,7 +1,7 @@
 """Draws results of gpu_check.py, bench_matmul.py or kernel_report.py as a bar chart.
 
-python scripts/plot_results.py scripts/results/gpu-check-NVIDIA-H200-2026-01-31.json --value "share of copy" --output products.svg
-python scripts/plot_results.py report.json --value bandwidth_ceiling --output ceilings.svg
+python scripts/plot_results.py scripts/results/gpu-check-GPU-DATE.json --value "share of copy" --output shares.svg
+python scripts/plot_results.py report.json --value bandwidth_ceiling --only "1 row" --output ceilings.svg
 """
 
 from __future__ import annotations
