@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
 import gguf
+from support import parity
+
+from trichord.gguf_file import GGUFFile
+from trichord.tokenizers import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
@@ -17,6 +22,12 @@ SPM_TOKENS = [
     *((f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)),
     *((character, -100.0, NORMAL) for character in "▁abcdeé日😀<>/s0x4"),
 ]
+
+
+@cache
+def tokenizer(name: str) -> Tokenizer:
+    """That of a real vocabulary of the parity data."""
+    return Tokenizer.from_gguf(GGUFFile(parity(f"tokenizers/ggml-vocab-{name}.gguf")))
 
 
 def write(path: Path, rows: list[tuple[str, float, int]], model: str = "llama", **keys: object) -> Path:

@@ -120,21 +120,27 @@ def _merges(file: GGUFFile) -> list[tuple[str, str]]:
 
 
 def _merger(vocabulary: Vocabulary, merges: list[tuple[str, str]], byte_tokens: bool) -> BPE:
+    """Merges, but to no control token: a merge that has to do with one is left out."""
     from tokenizers.models import BPE  # here: the import takes longer than that of this whole module
 
-    known = vocabulary.ids.__contains__
-    # The library itself refuses unknown parts, but does not survive an unknown result.
-    if all(map(known, starmap(concat, merges))):
-        try:
-            # Words are kept here, not there too.
-            return BPE(vocabulary.ids, merges, cache_capacity=0, byte_fallback=byte_tokens)
-        except Exception:  # of no particular class, and said in the library's own terms
-            pass
+    marks = vocabulary.ids_of(TokenType.CONTROL, TokenType.UNKNOWN)
+    plain = {text: token for text, token in vocabulary.ids.items() if text not in marks}
+    if not all(map(plain.__contains__, starmap(concat, merges))):
+        merges = [pair for pair in merges if not marks.keys() & {*pair, "".join(pair)}]
+        _refuse_unknown(vocabulary, merges)  # the library would not survive it
+    try:
+        # Words are kept here, not there too.
+        return BPE(plain, merges, cache_capacity=0, byte_fallback=byte_tokens)
+    except Exception:  # of no particular class, and said in the library's own terms
+        _refuse_unknown(vocabulary, merges)
+        raise TokenizerError(f"{vocabulary.file_name}: the vocabulary has tokens that are not valid UTF-8") from None
+
+
+def _refuse_unknown(vocabulary: Vocabulary, merges: list[tuple[str, str]]) -> None:
     for left, right in merges:
         for text in (left, right, left + right):
-            if not known(text):
+            if text not in vocabulary.ids:
                 raise TokenizerError(
                     f"{vocabulary.file_name}: the merge {left + ' ' + right!r:.80} needs the token {text!r:.80},"
                     " which is not in the vocabulary"
                 )
-    raise TokenizerError(f"{vocabulary.file_name}: the vocabulary has tokens that are not valid UTF-8")

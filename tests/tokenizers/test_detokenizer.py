@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import random
-from functools import cache
 
 import pytest
-from support import parity
-from vocabulary_files import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
+from vocabulary_files import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, tokenizer
 
-from trichord.gguf_file import GGUFFile
-from trichord.tokenizers import Tokenizer
 from trichord.tokenizers.detokenizer import Detokenizer
 
 PIECES = {
@@ -22,11 +18,6 @@ PIECES = {
     5: "😀".encode()[2:],
     6: b"  b",
 }
-
-
-@cache
-def tokenizer(name: str) -> Tokenizer:
-    return Tokenizer.from_gguf(GGUFFile(parity(f"tokenizers/ggml-vocab-{name}.gguf")))
 
 
 @pytest.mark.parametrize(
