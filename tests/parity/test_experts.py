@@ -18,8 +18,8 @@ EACH = [
     for weight_format in WeightFormat
     if weight_format in backend.FUSED_FORMATS and has_golden(weight_format, "quantized")
 ]
-# The bounds of "default" are for 16-bit integers with few rows and for float16 operands with many. Those of "fast" leave
-# room for products that happen to be small: there are few of them here.
+# The bounds of "default" are for 16-bit integers with few rows and for float16 operands with many. Those of "fast"
+# leave room for products that happen to be small: there are few of them here.
 FEW = {"exact": 2e-6, "default": 1e-4, "fast": 3e-2}
 MANY = {"exact": 2e-6, "default": 1e-3, "fast": 3e-2}
 
