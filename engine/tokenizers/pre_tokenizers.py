@@ -215,6 +215,7 @@ _SPARK = (
     "[一-龥぀-ゟ゠-ヿ]+",
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
     r"| ?[\p{P}\p{S}]+|[\r\n]|\s+(?!\S)|\s+",
+    r"\p{N}",
 )
 _YOUTU = (
     "[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|[一-龥぀-ゟ゠-ヿ]+",
@@ -280,7 +281,7 @@ _ROWS: dict[str, PreTokenizer] = {
     "deepseek-coder": PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _EAST_ASIAN, r"\p{N}")),
     # deepseek-ai/DeepSeek-V3
     "deepseek-v3 hunyuan-dense joyai-llm hy_v4": PreTokenizer((r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK3)),
-    # DeepSeek's, with other line ends (no model is named there)
+    # DeepSeek's, each line end and digit apart (no model is named there)
     "spark2_5": PreTokenizer(_SPARK),
     # arcee-ai/Trinity-Tokenizer
     "afmoe": PreTokenizer(_AFMOE),
