@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _show_warning(message: Warning | str, *_: object) -> None:
-    print(f"trichord: warning: {message}", file=sys.stderr)
+    _say(f"trichord: warning: {message}")
 
 
 def _discard_output() -> None:
@@ -119,8 +119,15 @@ def _fail(sentence: str) -> int:
 
     with contextlib.suppress(OSError):
         sys.stdout.flush()
-    print(f"trichord: error: {sentence}", file=sys.stderr)
+    _say(f"trichord: error: {sentence}")
     return 1
+
+
+def _say(sentence: str) -> None:
+    """Writes one line to standard error. Names in it may come from a file or from the network."""
+    from trichord.terminal import printable
+
+    print(printable(sentence, allowed=""), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -58,9 +58,11 @@ def run(options: argparse.Namespace) -> int:
     from trichord.chat_session import ChatSession
 
     llm = shared.load_model(options, model, options.context)
-    session = ChatSession(llm, params, system=options.system, template=options.template, **options.template_args)
+    session = ChatSession(llm, params, template=options.template, **options.template_args)
     if options.load:
         session.load(options.load)
+    if options.system is not None:
+        session.system = options.system
     return _Conversation(session).run()
 
 
@@ -105,7 +107,7 @@ class _Conversation:
                 self._take(self._turn())
             except TrichordError as error:
                 sys.stdout.flush()
-                _note(f"trichord: error: {shared.in_options(str(error))}")
+                _note(f"trichord: error: {printable(shared.in_options(str(error)), allowed='')}")
                 self._failed = True
             except KeyboardInterrupt:
                 if not self._interactive:

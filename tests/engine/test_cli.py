@@ -81,6 +81,7 @@ def test_the_prompt_comes_from_an_argument_a_file_or_standard_input(capsys, path
     ("arguments", "stdin", "message"),
     [
         (["absent.gguf", "hi"], b"", r"absent\.gguf: there is no such file"),
+        (["a\x1b[31mb.gguf"], b"", r"a\\x1b\[31mb\.gguf: there is no such file"),
         (["absent.gguf"], b"", r"absent\.gguf: there is no such file"),
         (["{path}", "hi", "--stop", ""], b"", "--stop must be"),
         (["{path}", "hi", "--device", "cpu", "--gpu-layers", "2"], b"", "--gpu-layers=2 needs a GPU"),
