@@ -1,9 +1,9 @@
 """Caches: what a block declares, and the pages and slots that hold it.
 
-A block says what it must remember of each position (`KeyValueSpec`), or of a whole sequence (`StateSpec`). The engine
-allocates tensors for it: of pages of PAGE_SIZE positions, or of slots, one a running sequence. Sequences own lists of
-pages and a slot, the same indices in every layer. A full page is known by the tokens up to its end, so that a later
-prompt with the same beginning takes it over instead of computing it again.
+A block says what it must remember of each position (`KeyValueSpec`, `LatentSpec`), or of a whole sequence
+(`StateSpec`). The engine allocates tensors for it: of pages of PAGE_SIZE positions, or of slots, one a running
+sequence. Sequences own lists of pages and a slot, the same indices in every layer. A full page is known by the tokens
+up to its end, so that a later prompt with the same beginning takes it over instead of computing it again.
 """
 
 from __future__ import annotations
@@ -42,6 +42,29 @@ class KeyValueSpec:
             for size in (self.key_size, self.value_size)
         )
         return KeyValueCache(keys, values)
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """A latent at every position, from which all heads' keys and values follow, and a part of all keys that turns."""
+
+    latent_size: int
+    turning_size: int
+
+    def page_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of one page of this layer."""
+        return PAGE_SIZE * (self.turning_size + self.latent_size) * dtype.itemsize
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one sequence's slot."""
+        return 0
+
+    def allocate(self, pages: int, slots: int, dtype: torch.dtype, device: torch.device) -> KeyValueCache:
+        """One head of keys, the turning part before the latent; its values are a view of the latents."""
+        size = self.turning_size + self.latent_size
+        keys = torch.zeros(pages, 1, PAGE_SIZE, size, dtype=dtype, device=device)
+        return KeyValueCache(keys, keys[..., self.turning_size :])
 
 
 @dataclass(frozen=True)
@@ -85,7 +108,7 @@ class StateCache:
 
 
 Cache: TypeAlias = KeyValueCache | StateCache
-CacheSpec: TypeAlias = KeyValueSpec | StateSpec
+CacheSpec: TypeAlias = KeyValueSpec | LatentSpec | StateSpec
 
 
 def pages_for(positions: int) -> int:

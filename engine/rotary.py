@@ -24,6 +24,8 @@ class RotaryConfig:
     attention_factor: float = 1.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    log_multiplier: float = 0.0
+    """YaRN's growth of attention scores with the logarithm of the factor, instead of that of queries and keys."""
 
 
 class Rotary:
@@ -38,7 +40,7 @@ class Rotary:
         if config.scaling == "yarn":
             kept = _yarn_share(config, pairs)
             frequencies = frequencies * (kept + (1 - kept) / config.factor)
-            self.magnitude *= 1.0 + 0.1 * math.log(config.factor)
+            self.magnitude *= 1.0 if config.log_multiplier else 1.0 + 0.1 * math.log(config.factor)
         elif config.scaling == "linear":
             frequencies = frequencies / config.factor
         self._frequencies = frequencies

@@ -29,8 +29,11 @@ def load_weight(
     *,
     rows: slice | None = None,
     columns: slice | None = None,
+    shape: tuple[int, ...] | None = None,
 ) -> Weight:
     """The tensor `name` as a packed weight on `device`; `rows` or `columns` cut a shard of it before it is packed.
+
+    `shape` is the tensor's with dimensions of one that GGUF leaves out.
 
     On the CPU the weight is a view of the file's memory map; on a GPU its blocks are uploaded and repacked there. A
     format without a kernel is dequantized to float32, with one warning. A tensor `X.scale` beside `X.weight`, one
@@ -41,7 +44,7 @@ def load_weight(
     place = resolve(device)
     blocks = file.blocks(name)
     info = file.tensors[name]
-    shape = info.shape
+    shape = shape or info.shape
     if len(shape) not in (2, 3):
         raise ModelError(f"{file.path.name}: tensor {name!r} of shape {shape} is not a weight matrix.")
     if rows is not None:

@@ -115,7 +115,7 @@ class Architecture:
     gated_queries: bool = False
     """The query projection holds a gate beside each head's query, which scales the attention's result."""
     latent: bool = False
-    """Multi-head latent attention where the file has its tensors (attn_kv_a_mqa)."""
+    """Multi-head latent attention: all heads' keys and values come from one short vector a position."""
     attention_scale: Literal["root", "inverse", "root_share", "metadata"] = "root"
     """Scores are divided by the root of the head's size, by the size, by the root of a head's share of the embedding,
     or multiplied by the metadata's number, if it has one."""
@@ -132,13 +132,18 @@ class Architecture:
     experts: Routing = Routing()
 
     # Layers that remember a state instead of keys and values
-    recurrent: Literal["mamba", "mamba2", "delta_net", "short_convolution"] | None = None
+    recurrent: Literal["mamba", "mamba2", "delta_net", "kimi_delta_net", "short_convolution", "lightning"] | None = None
     """The block of layers with its tensors; `beside_attention`: they have attention, too."""
     beside_attention: bool = False
+    single_blocks: bool = False
+    """A layer is one block behind its attention_norm: recurrent, attention, or a feed-forward network, as its tensors
+    say."""
 
     # The stream
     normed_stream: bool = False
     """The norms after the blocks are of the stream with their contribution, and replace it."""
+    normed_input_kept: bool = False
+    """A block's output is added to its normalised input, times the residual_scale, instead of to the stream."""
     token_types: bool = False
     """The first row of token_types is added to every embedding: all tokens belong to the first of two segments."""
     learned_positions: bool = False
@@ -152,6 +157,8 @@ class Architecture:
     logit_scale: Literal["multiply", "divide"] | None = None
     """What happens to the logits with the metadata's logit_scale."""
     logit_scale_default: float = 1.0
+    logit_width: int = 0
+    """Logits are multiplied by this over the embedding's width."""
 
 
 BARE = ("bare",)
@@ -198,6 +205,25 @@ _BERT: dict[str, Any] = {
 }
 _NORMALIZED = Routing(normalize=True)
 _TOLD = Routing(gating_told=True, normalize=None, scaled=True)
+_QWEN_DELTA: dict[str, Any] = {
+    **_SECOND_NORM_BY_PLACE,
+    "recurrent": "delta_net",
+    "gated_queries": True,
+    "experts": Routing(normalize=True, scaled=True),
+}
+_NEMOTRON_H: dict[str, Any] = {
+    "recurrent": "mamba2",
+    "single_blocks": True,
+    "rotary": "none",
+    "activation": "relu_squared",
+    "experts": Routing("sigmoid", normalize=None, scaled=True),
+}
+_LFM2: dict[str, Any] = {
+    "recurrent": "short_convolution",
+    "window_every": 1,
+    "output_norm": ("token_embd_norm", "output_norm"),
+    "experts": Routing(gating_told=True, normalize=True),
+}
 _TOLD_OR_SIGMOID = Routing("sigmoid", gating_told=True, normalize=None, scaled=True)
 
 ARCHITECTURES = {
@@ -236,6 +262,18 @@ ARCHITECTURES = {
         Architecture("dbrx", **_LAYER_NORM, clamped=True, feed_forward_norm=("attn_output_norm",), experts=_NORMALIZED),
         Architecture("deci", **_PAIRED),
         Architecture("deepseek", **_PAIRED, experts=Routing(scaled=True)),
+        Architecture(
+            "deepseek2",
+            **_PAIRED,
+            latent=True,
+            temperature=Temperature(),
+            experts=replace(_TOLD, grouped=True),
+            # GLM 4.7 Flash does not say how it chooses experts.
+            refined=tuple(
+                Refinement("block_count", layers, {"experts": replace(_TOLD, gating="sigmoid", grouped=True)})
+                for layers in (47, 48)
+            ),
+        ),
         Architecture("dots1", experts=_TOLD),
         Architecture("dream", causal=False, unused=("output.bias",)),
         Architecture("ernie4_5", **_PAIRED, unused=_OUTPUT_BIAS),
@@ -255,6 +293,9 @@ ARCHITECTURES = {
             attention_norm=("attn_norm_2", "attn_norm"),
             feed_forward_norm=("attn_norm",),
             activation="gelu",
+        ),
+        Architecture(
+            "falcon-h1", recurrent="mamba2", beside_attention=True, unused=(*_OUTPUT_BIAS, "rope_freqs.weight")
         ),
         Architecture("gemma", **_GATED_GELU),
         Architecture(
@@ -292,6 +333,12 @@ ARCHITECTURES = {
         ),
         Architecture("gptneox", **_LAYER_NORM, parallel="metadata", activation="gelu"),
         Architecture("granite", **_GRANITE),
+        Architecture(
+            "granitehybrid",
+            **_GRANITE,
+            recurrent="mamba2",
+            refined=(Refinement("rope.scaling.finetuned", 0, {"rotary": "none"}),),
+        ),
         Architecture("granitemoe", **_GRANITE),
         Architecture("granite_swa", **_GRANITE, window_every=4),
         Architecture(
@@ -316,6 +363,17 @@ ARCHITECTURES = {
         Architecture("internlm2", **_PAIRED),
         Architecture("jais", **_LAYER_NORM, rotary="none", alibi=True, attention_scale="inverse"),
         Architecture("jais2", **_LAYER_NORM, activation="relu_squared"),
+        Architecture("jamba", recurrent="mamba", rotary="none", experts=Routing(scaled=True)),
+        Architecture(
+            "kimi-linear",
+            recurrent="kimi_delta_net",
+            latent=True,
+            rotary="none",
+            experts=replace(_TOLD, normalize=True),
+            unused=_INPUT_BIASES,
+        ),
+        Architecture("lfm2", **_LFM2),
+        Architecture("lfm2moe", **_LFM2),
         Architecture("llada", **_PAIRED, causal=False, unused=(*_BIASES, "rope_freqs.weight")),
         Architecture("llada-moe", causal=False),
         Architecture("llama", **_PAIRED, experts=_NORMALIZED),
@@ -334,6 +392,8 @@ ARCHITECTURES = {
             refined=(Refinement("expert_count", 128, {"bare_head_norm": False}),),
         ),
         Architecture("maincoder", rotary="interleaved", head_norm_last=True),
+        Architecture("mamba", recurrent="mamba", single_blocks=True, rotary="none"),
+        Architecture("mamba2", recurrent="mamba2", single_blocks=True, rotary="none"),
         Architecture("maple", window_every=1, unrotated="full_attention", experts=Routing(normalize=True, clamp=7.0)),
         Architecture("mellum", experts=_NORMALIZED, window_every=4, window_base=0.0),
         Architecture(
@@ -355,6 +415,16 @@ ARCHITECTURES = {
                 Refinement("embedding_length", 1536, {"logit_scale_default": 6.0}),
                 Refinement("embedding_length", 2304, {"logit_scale_default": 9.0}),
             ),
+        ),
+        Architecture(
+            "minicpm3", latent=True, embedding_scale=12.0, residual_scale=1.4, logit_scale="multiply", logit_width=256
+        ),
+        Architecture(
+            "minimax-01",
+            recurrent="lightning",
+            normed_input_kept=True,
+            residual_scale=0.0,
+            experts=Routing(normalize=True, scaled=True),
         ),
         Architecture("minimax-m2", experts=Routing(gating_told=True, normalize=True)),
         Architecture("mistral3", **_PAIRED, temperature=Temperature(), experts=_NORMALIZED),
@@ -383,6 +453,8 @@ ARCHITECTURES = {
         ),
         Architecture("nanbeige", **_PAIRED),
         Architecture("nemotron", **_LAYER_NORM, activation="relu_squared"),
+        Architecture("nemotron_h", **_NEMOTRON_H),
+        Architecture("nemotron_h_moe", **_NEMOTRON_H),
         Architecture("olmo", **_LAYER_NORM, **_PAIRED, **_BARE_NORMS, clamped=True),
         Architecture("olmo2", **_ONLY_POST_NORMS, window_every=4, window_base=0.0),
         Architecture("olmoe"),
@@ -396,6 +468,7 @@ ARCHITECTURES = {
         Architecture("phi3"),
         Architecture("phimoe", experts=_NORMALIZED),
         Architecture("plamo", parallel=True, feed_forward_norm=()),
+        Architecture("plamo2", **_POST_NORMS, recurrent="mamba"),
         Architecture("plamo3", **_POST_NORMS, window_every=8, window_base=1e4),
         Architecture("pockettts", **_LAYER_NORM, **_PAIRED, activation="gelu_erf"),
         Architecture("qwen"),
@@ -404,6 +477,9 @@ ARCHITECTURES = {
         Architecture("qwen2vl", unused=("output.bias",)),
         Architecture("qwen3"),
         Architecture("qwen3moe", experts=_NORMALIZED),
+        Architecture("qwen35", **_QWEN_DELTA),
+        Architecture("qwen35moe", **_QWEN_DELTA),
+        Architecture("qwen3next", **_QWEN_DELTA),
         Architecture("qwen3vl"),
         Architecture("qwen3vlmoe", experts=_NORMALIZED),
         Architecture("refact", rotary="none", alibi=True, unused=_BIASES),

@@ -26,6 +26,8 @@ class LayerConfig:
     window: int
     rotary: RotaryConfig | None
     expert_clamp: float
+    depth: float
+    """Where among the layers it lies, from 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,18 @@ class ExpertConfig:
 
 
 @dataclass(frozen=True)
+class StateSpaceConfig:
+    """Recurrent blocks: channels of the state's input, columns of a head's state, heads, groups that share b and c."""
+
+    inner_size: int
+    state_size: int
+    heads: int
+    groups: int
+    normed: bool
+    """Whether what depends on the input is normalised, without a gain."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Dimensions of a decoder."""
 
@@ -54,6 +68,7 @@ class ModelConfig:
     context_length: int
     layers: tuple[LayerConfig, ...]
     experts: ExpertConfig | None
+    state_space: StateSpaceConfig
     recurrence: tuple[int, int, int]
     """Layers of a stack, cycles, and passes through the low stack in each, of a recurrence in depth; else zeros."""
     parallel: bool
@@ -134,7 +149,7 @@ class Metadata:
         return numbers
 
     def _has(self, name: str, value: int | None) -> bool:
-        found = self.file.metadata.get(self.key(name), 0)
+        found = self.file.metadata.get(self.key(name))
         if hasattr(found, "__len__"):
             return bool(len(found)) and value is None and any(found)
         return bool(found) if value is None else found == value
@@ -168,6 +183,7 @@ class _Config:
             context_length=self.context_length,
             layers=self.layers(layers),
             experts=self.experts(),
+            state_space=self.state_space(),
             recurrence=self.recurrence(),
             parallel=self.parallel(),
             attention_scale=self.attention_scale(),
@@ -202,7 +218,8 @@ class _Config:
         heads = metadata.per_layer("attention.head_count", layers)
         kv_heads = metadata.per_layer("attention.head_count_kv", layers, default=max(heads))
         windows, clamps = self.windows(layers), self.expert_clamps(layers)
-        full, windowed = self.head_sizes(max(heads), ""), self.head_sizes(max(heads), "_swa")
+        # What a head of latent attention reads is told apart from what its cache holds.
+        full, windowed = self.head_sizes(max(heads), "_mla"), self.head_sizes(max(heads), "_swa")
         rotaries = [self.rotary(full[0], ""), self.rotary(windowed[0], "_swa")]
         configs = []
         for index in range(layers):
@@ -212,7 +229,16 @@ class _Config:
             head_size, value_size = windowed if window else full
             rotary = rotaries[bool(window)] if self.rotates(index, windows) else None
             configs.append(
-                LayerConfig(heads[index], kv_heads[index], head_size, value_size, window, rotary, clamps[index])
+                LayerConfig(
+                    heads[index],
+                    kv_heads[index],
+                    head_size,
+                    value_size,
+                    window,
+                    rotary,
+                    clamps[index],
+                    index / max(1, layers - 1),
+                )
             )
         return tuple(configs)
 
@@ -275,6 +301,7 @@ class _Config:
             attention_factor=metadata.real("rope.scaling.attn_factor") or 1.0,
             beta_fast=metadata.real("rope.scaling.yarn_beta_fast") or 32.0,
             beta_slow=metadata.real("rope.scaling.yarn_beta_slow") or 1.0,
+            log_multiplier=metadata.real("rope.scaling.yarn_log_multiplier") if scaling == "yarn" else 0.0,
         )
         if suffix:
             base = metadata.real("rope.freq_base_swa", self.architecture.window_base or config.base)
@@ -331,6 +358,12 @@ class _Config:
         adjugate = metadata.number("experts_per_group"), metadata.real("expert_group_scale", 0.05)
         return ExpertConfig(count, used, groups, groups_used, normalize, scale, gating, *adjugate)
 
+    def state_space(self) -> StateSpaceConfig:
+        metadata = self.metadata
+        sizes = (metadata.number(f"ssm.{name}") for name in ("inner_size", "state_size"))
+        heads, groups = metadata.number("ssm.time_step_rank", 1), metadata.number("ssm.group_count", 1)
+        return StateSpaceConfig(*sizes, heads, groups, metadata.flag("ssm.dt_b_c_rms"))
+
     def recurrence(self) -> tuple[int, int, int]:
         metadata = self.metadata
         if metadata.flag("hrm.prefix_lm"):
@@ -349,4 +382,6 @@ class _Config:
     def logit_scale(self) -> float:
         how = self.architecture.logit_scale
         scale = self.metadata.real("logit_scale", self.architecture.logit_scale_default) if how else 1.0
+        if self.architecture.logit_width:
+            scale *= self.architecture.logit_width / self.hidden_size
         return 1.0 / scale if how == "divide" else scale

@@ -8,10 +8,10 @@ import torch
 
 from trichord.cache import Cache
 from trichord.models.adjugate_experts import AdjugateExperts
-from trichord.models.attention import Attention
 from trichord.models.config import LayerConfig, ModelConfig
 from trichord.models.feed_forward import Experts, FeedForward
 from trichord.models.linear import TensorSource
+from trichord.models.mixers import mixers
 from trichord.models.norm import Norm
 from trichord.models.step import Step
 
@@ -26,8 +26,10 @@ class DecoderLayer:
     def __init__(self, source: TensorSource, config: ModelConfig, layer: LayerConfig) -> None:
         architecture = config.architecture
         self.place = source.place
-        self.residual_scale = config.residual_scale
-        self.mixers = [Attention(source, config, layer)] if layer.heads else []
+        # Where a layer is a single block, it may be a feed-forward network.
+        alone = architecture.single_blocks
+        has_network = not alone or source.has("ffn_up") or source.has("ffn_gate_inp")
+        self.mixers = [] if alone and has_network else mixers(source, config, layer)
         self.caches = [mixer.cache for mixer in self.mixers]
         routing = architecture.experts
         kind = AdjugateExperts if source.has("ffn_down_chexps") else Experts
@@ -38,39 +40,47 @@ class DecoderLayer:
         self.networks: list[FeedForward] = []
         if self.experts and source.has("ffn_up_shexp"):
             self.networks.append(FeedForward(source, config, "_shexp"))
-        if not self.experts or (routing.dense and source.has("ffn_up")):
+        if (has_network and not self.experts) or (routing.dense and source.has("ffn_up")):
             self.networks.append(FeedForward(source, config))
         self.company = routing.company if self.experts and self.networks else 1.0
         self.skip = source.vector("layer_output_scale.weight", 1) if architecture.embedding_skip else None
         self.normed_stream = architecture.normed_stream
+        self.kept_scale = config.residual_scale if architecture.normed_input_kept else 0.0
+        self.residual_scale = 1.0 if architecture.normed_input_kept else config.residual_scale
         self.parallel = config.parallel
-        names = architecture.feed_forward_norm
+        names = architecture.attention_norm if alone else architecture.feed_forward_norm
         if architecture.parallel == "without_norm" and not any(source.has(name) for name in names):
             self.parallel, names = True, ()
-        self.attention_norm = Norm.of(source, architecture.attention_norm, config)
+        self.attention_norm = Norm.of(source, architecture.attention_norm, config) if self.mixers else None
         epsilon = architecture.post_norm_epsilon
         self.attention_post_norm = Norm.of(source, architecture.attention_post_norm, config, epsilon)
-        self.feed_forward_norm = Norm.of(source, names, config)
+        self.feed_forward_norm = Norm.of(source, names, config) if self.networks or self.experts else None
         self.feed_forward_post_norm = Norm.of(source, architecture.feed_forward_post_norm, config, epsilon)
 
     def forward(
         self, residual: torch.Tensor, delta: torch.Tensor | None, step: Step, caches: Sequence[Cache]
     ) -> torch.Tensor | None:
         """Adds `delta`, and all but this layer's last contribution, to the residual (T, hidden); returns that one."""
-        x = enter(self.attention_norm, residual, delta)
+        mixed, x = delta, residual
+        if self.mixers:
+            x = self._enter(self.attention_norm, residual, delta)
         choice = self.experts.best_of(self.experts.score(residual, step)) if self.experts and self.early else None
         ahead = [self.experts.forward(self.expert_norm(residual), step)] if self.experts and self.expert_norm else []
-        mixed = sum_of([mixer.forward(x, step, cache) for mixer, cache in zip(self.mixers, caches, strict=True)])
+        if self.mixers:
+            mixed = sum_of([mixer.forward(x, step, cache) for mixer, cache in zip(self.mixers, caches, strict=True)])
         if self.normed_stream:
             residual.copy_(self.attention_post_norm(residual, mixed))
             outputs = [network.forward(residual, step) for network in self.networks]
             residual.copy_(self.feed_forward_post_norm(residual, sum_of(outputs)))
             return None
-        mixed = self._leave(self.attention_post_norm, mixed)
+        if self.mixers:
+            mixed = self._leave(self.attention_post_norm, mixed)
+        if not self.networks and not self.experts:
+            return mixed
         if self.parallel:
             y = self.feed_forward_norm(residual) if self.feed_forward_norm else x
         else:
-            y = enter(self.feed_forward_norm, residual, mixed)
+            y = self._enter(self.feed_forward_norm, residual, mixed)
         outputs = [network.forward(y, step) for network in self.networks]
         outputs += ahead or ([self.experts.forward(y, step, choice)] if self.experts else [])
         output = sum_of(outputs)
@@ -78,6 +88,12 @@ class DecoderLayer:
         if self.parallel:
             output.add_(mixed)
         return output if self.skip is None else output.add_(step.embedded * self.skip)
+
+    def _enter(self, norm: Norm | None, residual: torch.Tensor, delta: torch.Tensor | None) -> torch.Tensor:
+        x = enter(norm, residual, delta)
+        if self.kept_scale:
+            torch.mul(x, self.kept_scale, out=residual)
+        return x
 
     def _leave(self, norm: Norm | None, y: torch.Tensor) -> torch.Tensor:
         y = norm(y) if norm else y

@@ -76,6 +76,10 @@ class TensorSource:
         """Whether the file has a tensor of this whole name."""
         return name not in self.unused and self.prefix + name in self.file.tensors
 
+    def has_shape(self, name: str, *shape: int) -> bool:
+        """Whether the tensor of this whole name is of this shape, apart from dimensions of one."""
+        return self.has_tensor(name) and _of_size(self.file.tensors[self.prefix + name].shape) == _of_size(shape)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of `name.weight`. Raises ModelError when it is missing."""
         return self._info(f"{self.prefix}{name}.weight").shape
@@ -91,14 +95,14 @@ class TensorSource:
         """`name.weight`."""
         name = f"{self.prefix}{name}.weight"
         self._check(name, shape)
-        weight = load_weight(self.file, name, self.place)
+        weight = load_weight(self.file, name, self.place, shape=shape)
         self.loaded(weight.nbytes)
         return weight
 
     def vector(self, name: str, *shape: int) -> torch.Tensor:
         """A small tensor by its whole name, as float32."""
         self._check(self.prefix + name, shape)
-        return load_vector(self.file, self.prefix + name, self.place)
+        return load_vector(self.file, self.prefix + name, self.place).view(shape)
 
     def optional_vector(self, name: str, *shape: int) -> torch.Tensor | None:
         """The same, or None where the file has none."""
@@ -116,5 +120,10 @@ class TensorSource:
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
         info = self._info(name)
-        if info.shape != shape:
+        if _of_size(info.shape) != _of_size(shape):
             raise self.fail(f"tensor {name!r} has shape {info.shape} where the metadata implies {shape}")
+
+
+def _of_size(shape: tuple[int, ...]) -> list[int]:
+    """The dimensions that count: GGUF leaves out leading ones, some converters add others."""
+    return [length for length in shape if length != 1]

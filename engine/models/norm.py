@@ -24,9 +24,18 @@ class Norm:
 
     @classmethod
     def of(
-        cls, source: TensorSource, names: tuple[str, ...], config: ModelConfig, epsilon: float | None = None
+        cls,
+        source: TensorSource,
+        names: tuple[str, ...],
+        config: ModelConfig,
+        epsilon: float | None = None,
+        *,
+        size: int = 0,
     ) -> Norm | None:
-        """The norm by the first of these names that the file has; None for no names. Raises ModelError."""
+        """The norm of `size` elements (0: of the stream) by the first of these names that the file has.
+
+        None for no names. Raises ModelError.
+        """
         if not names:
             return None
         operations, centered = source.place.operations, config.architecture.norm == "layer"
@@ -36,8 +45,9 @@ class Norm:
         # A few converters leave out the ".weight".
         gains = [f"{name}{end}" for name in names for end in (".weight", "")]
         name = next((name for name in gains if source.has_tensor(name)), gains[0])
-        gain = source.vector(name, config.hidden_size)
-        bias = source.optional_vector(f"{name.removesuffix('.weight')}.bias", config.hidden_size)
+        size = size or config.hidden_size
+        gain = source.vector(name, size)
+        bias = source.optional_vector(f"{name.removesuffix('.weight')}.bias", size)
         return cls(operations, gain, bias, epsilon, centered)
 
     @classmethod
