@@ -94,11 +94,11 @@ def gemm(activations: Activations, weight: Weight, exact: bool, pairs: Pairs | N
     """
     format, rows, columns = FORMATS[weight.format], weight.out_features, activations.columns
     if pairs is None:
-        tile = launches().gemm_tile(activations.tokens, exact)
+        tile = launches().gemm_tile(activations.tokens, exact, rows, weight.format.name)
         results, tiles = activations.tokens, triton.cdiv(activations.tokens, tile.tokens)
         order = table = None
     else:
-        tile = launches().gemm_tile(pairs.of_an_expert, exact)
+        tile = launches().gemm_tile(pairs.of_an_expert, exact, rows, weight.format.name)
         order, table = pairs.tiles(tile.tokens)
         results, tiles = pairs.count, len(table)
     y = activations.x.new_empty((results, rows))

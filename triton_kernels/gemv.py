@@ -106,7 +106,7 @@ def gemv(activations: Activations, weight: Weight, limbs: int, pairs: Pairs | No
     tokens, products = (activations.tokens, 1) if pairs is None else (1, pairs.count)
     y = activations.x.new_empty((tokens * products, rows))
     padded = triton.next_power_of_2(tokens)
-    tile = launches().gemv_tile(padded, format.groups(columns))
+    tile = launches().gemv_tile(padded, format.groups(columns), rows, weight.format.name)
     gemv_kernel[(triton.cdiv(rows, tile.rows), products)](
         format.arguments(weight.data, weight.rows, columns),
         activations.limbs(limbs) if format.integer else (activations.x,),

@@ -78,17 +78,20 @@ class Launches:
     halves: RowsTile  # activations rounded to float16
     limb_groups: int  # groups of activations that a program rounds to limbs
 
-    def gemv_tile(self, tokens: int, groups: int, out: int = 0, format: str = "") -> GemvTile:
-        """The tile for `tokens` rows of x and a weight of `out` rows, `groups` groups each."""
-        tile = _best(self.gemv, tokens, out, format)
+    def __hash__(self) -> int:
+        return id(self)
+
+    def gemv_tile(self, tokens: int, groups: int, out: int, format: str) -> GemvTile:
+        """The tile for `tokens` rows of x and a weight in `format` of `out` rows, `groups` groups each."""
+        tile = _best(self, "gemv", tokens, out, format)
         fewer = triton.next_power_of_2(groups)
         if fewer >= tile.groups:
             return tile
         return replace(tile, groups=fewer, warps=max(1, tile.warps * fewer // tile.groups))
 
-    def gemm_tile(self, tokens: int, exact: bool, out: int = 0, format: str = "") -> GemmTile:
-        """The tile for `tokens` rows of x, multiplied in float32 or from float16 operands."""
-        return _best(self.exact_gemm if exact else self.gemm, tokens, out, format)
+    def gemm_tile(self, tokens: int, exact: bool, out: int, format: str) -> GemmTile:
+        """The tile for `tokens` rows of x and a weight of `out` rows, in float32 or from float16 operands."""
+        return _best(self, "exact_gemm" if exact else "gemm", tokens, out, format)
 
     def to_json(self) -> str:
         """The text of a file in `configs/`, a line for each tile."""
@@ -123,15 +126,17 @@ def _case_and_tile(entry: dict[str, Any], kind: type) -> tuple[Case, Any]:
     return Case(entry.pop("up_to"), entry.pop("out", None), entry.pop("format", None)), kind(**entry)
 
 
-def _best(table: Mapping[Case, Any], tokens: int, out: int, format: str) -> Any:
+@cache
+def _best(launches: Launches, table: str, tokens: int, out: int, format: str) -> Any:
     """The tile of the case that fits most closely: the format counts before the rows of x, and these before `out`."""
-    fitting = [case for case in table if case.format in (None, format) and (case.out is None or case.out >= out)]
+    tiles = getattr(launches, table)
+    fitting = [case for case in tiles if case.format in (None, format) and (case.out is None or case.out >= out)]
 
     def distance(case: Case) -> tuple[bool, bool, int, float]:
         short = case.tokens < tokens
         return case.format is None, short, -case.tokens if short else case.tokens, case.out or float("inf")
 
-    return table[min(fitting, key=distance)]
+    return tiles[min(fitting, key=distance)]
 
 
 def configurations(folder: Path = _FOLDER) -> list[Launches]:

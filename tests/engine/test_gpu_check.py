@@ -17,6 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 import gpu_check
 import gpu_sections
 from gpu_sections import QUICK, random_weight, roundings, run_section
+from synthetic_model import SHAPES, Shape
 
 from trichord import WeightFormat
 from trichord.device import CPU, resolve
@@ -57,6 +58,7 @@ def test_products_are_measured(two_formats):
 
 def test_models_are_compared_and_measured(monkeypatch):
     monkeypatch.setattr(gpu_sections, "_LOGIT_BOUNDS", {"exact": 1e-4})  # another precision takes as long again
+    monkeypatch.setitem(SHAPES, "tiny", Shape(1, 256, 4, 2, 256, 512, 256))
     first = next(run_section("models", QUICK))
     assert (first.name, first.ok) == ("synthetic", True)
     findings = list(run_section("generation", replace(QUICK, generate=1, batches=(2,))))

@@ -89,7 +89,7 @@ def test_the_closest_case_counts():
     few, any_out, narrow, q6 = (GemvTile(rows, 128, 4) for rows in (1, 2, 4, 8))
     table = {Case(1): few, Case(8): any_out, Case(8, out=1024): narrow, Case(4, format="Q6_K"): q6}
     own = replace(FILES[0], gemv=table)
-    assert own.gemv_tile(1, 128) == few
+    assert own.gemv_tile(1, 128, 4096, "Q4_K") == few
     assert own.gemv_tile(2, 128, 4096, "Q4_K") == any_out
     assert own.gemv_tile(2, 128, 1024, "Q4_K") == narrow
     assert own.gemv_tile(1, 128, 1024, "Q6_K") == own.gemv_tile(64, 128, 1024, "Q6_K") == q6
@@ -98,6 +98,6 @@ def test_the_closest_case_counts():
 
 def test_short_rows_take_fewer_threads():
     own = replace(FILES[0], gemv={Case(8): GemvTile(4, 128, 4)})
-    assert own.gemv_tile(1, 100) == GemvTile(4, 128, 4)
-    assert own.gemv_tile(1, 64) == GemvTile(4, 64, 2)
-    assert own.gemv_tile(1, 1) == GemvTile(4, 1, 1)
+    assert own.gemv_tile(1, 100, 64, "Q4_K") == GemvTile(4, 128, 4)
+    assert own.gemv_tile(1, 64, 64, "Q4_K") == GemvTile(4, 64, 2)
+    assert own.gemv_tile(1, 1, 64, "Q4_K") == GemvTile(4, 1, 1)

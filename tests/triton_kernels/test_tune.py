@@ -56,17 +56,21 @@ def test_a_run_writes_what_its_clock_preferred(monkeypatch):
 
     def clock(tasks):
         tasks[0]()
-        gemv, gemm = launches().gemv_tile(1, 1 << 20), launches().gemm_tile(16, False)
+        gemv, gemm = launches().gemv_tile(1, 1 << 20, 32, "Q4_K"), launches().gemm_tile(16, False, 32, "Q4_K")
         return 1 / (gemv.rows + gemm.rows)
 
     def candidates(table, rows):
-        base = before.gemv_tile(rows, 1 << 20) if table == "gemv" else before.gemm_tile(rows, False)
+        base = (
+            before.gemv_tile(rows, 1 << 20, 32, "Q4_K")
+            if table == "gemv"
+            else before.gemm_tile(rows, False, 32, "Q4_K")
+        )
         return [replace(base, rows=count) for count in (16, 64)]
 
     tuned = tune.tune(resolve("cuda"), QUICK, ["Q4_K"], [(32, 256)], 60, clock, candidates)
     assert launches() is before
     assert tuned.source == "measured"
-    assert tuned.gemv_tile(1, 1 << 20).rows == tuned.gemm_tile(16, False).rows == 64
+    assert tuned.gemv_tile(1, 1 << 20, 32, "Q4_K").rows == tuned.gemm_tile(16, False, 32, "Q4_K").rows == 64
     assert Launches.from_json(tuned.to_json()) == tuned
 
 
@@ -86,5 +90,5 @@ def test_the_interpreter_is_not_timed(capsys, monkeypatch):
 @pytest.mark.parametrize("rows", [1, 8])
 def test_every_gemv_candidate_is_valid_for_short_rows(rows):
     for tile in tune.gemv_candidates():
-        taken = replace(launches(), gemv={Case(8): tile}).gemv_tile(rows, 8)
+        taken = replace(launches(), gemv={Case(8): tile}).gemv_tile(rows, 8, 32, "Q4_K")
         assert taken.groups == 8 and taken.warps >= 1
