@@ -120,7 +120,8 @@ class Architecture:
     """Scores are divided by the root of the head's size, by the size, by the root of a head's share of the embedding,
     or multiplied by the metadata's number, if it has one."""
     clamped: bool = False
-    alibi: bool = False
+    alibi: float | None = None
+    """Scores fall with the distance (ALiBi) by the metadata's attention.max_alibi_bias, or this; 0: by none."""
     attention_soft_cap: float | None = None
     """Attention scores are capped by the metadata's attn_logit_softcapping, or this; None: never. 0: not by default."""
     logit_soft_cap: float | None = None
@@ -179,6 +180,7 @@ _GRANITE: dict[str, Any] = {
     "logit_scale": "divide",
     "attention_scale": "metadata",
     "experts": Routing(normalize=True),
+    "refined": (Refinement("rope.scaling.finetuned", 0, {"rotary": "none"}),),
 }
 _COHERE: dict[str, Any] = {
     **_LAYER_NORM,
@@ -229,20 +231,22 @@ _TOLD_OR_SIGMOID = Routing("sigmoid", gating_told=True, normalize=None, scaled=T
 ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
-        Architecture("afmoe", **_POST_NORMS, window_every=4, embedding_scale="sqrt_width", experts=_TOLD, unrotated=4),
+        Architecture(
+            "afmoe", **_POST_NORMS, window_every=4, embedding_scale="sqrt_width", experts=_TOLD_OR_SIGMOID, unrotated=4
+        ),
         Architecture("arcee", **_PAIRED, activation="relu_squared"),
         Architecture("arctic", **_PAIRED, experts=Routing(normalize=True, dense=True)),
         Architecture(
             "baichuan",
             rotary="none",
-            refined=(Refinement("block_count", 32, _PAIRED), Refinement("block_count", 40, {"alibi": True})),
+            refined=(Refinement("block_count", 32, _PAIRED), Refinement("block_count", 40, {"alibi": 8.0})),
         ),
         Architecture("bailingmoe", **_PAIRED, experts=Routing(normalize=None, scaled=True)),
         Architecture("bailingmoe2", experts=replace(_TOLD_OR_SIGMOID, grouped=True)),
         Architecture("bert", **_BERT, rotary="none", learned_positions=True, activation="gelu_erf"),
         Architecture("nomic-bert", **_BERT),
         Architecture(
-            "bloom", **_LAYER_NORM, rotary="none", alibi=True, activation="gelu", embedding_norm=("token_embd_norm",)
+            "bloom", **_LAYER_NORM, rotary="none", alibi=8.0, activation="gelu", embedding_norm=("token_embd_norm",)
         ),
         Architecture("chatglm", **_PAIRED),
         Architecture("codeshell", **_LAYER_NORM, activation="gelu"),
@@ -274,7 +278,7 @@ ARCHITECTURES = {
                 for layers in (47, 48)
             ),
         ),
-        Architecture("dots1", experts=_TOLD),
+        Architecture("dots1", experts=_TOLD_OR_SIGMOID),
         Architecture("dream", causal=False, unused=("output.bias",)),
         Architecture("ernie4_5", **_PAIRED, unused=_OUTPUT_BIAS),
         Architecture("ernie4_5-moe", **_PAIRED, experts=Routing(normalize=True, scaled=True), unused=_OUTPUT_BIAS),
@@ -283,9 +287,9 @@ ARCHITECTURES = {
             "exaone4",
             **_ONLY_POST_NORMS,
             unrotated="full_attention",
-            refined=(Refinement("block_count", 64, {"window_every": 4}),),
+            refined=(Refinement("block_count", 64, {"window_every": 4, "window_size": 4096}),),
         ),
-        Architecture("exaone-moe", window_every=4, unrotated="full_attention", experts=_TOLD),
+        Architecture("exaone-moe", window_every=4, unrotated="full_attention", experts=_TOLD_OR_SIGMOID),
         Architecture(
             "falcon",
             **_LAYER_NORM,
@@ -303,6 +307,7 @@ ARCHITECTURES = {
             **_GATED_GELU,
             **_POST_NORMS,
             window_every=2,
+            window_size=4096,
             attention_soft_cap=50.0,
             logit_soft_cap=30.0,
             refined=(Refinement("block_count", 46, {"attention_scale": "root_share"}),),
@@ -322,7 +327,7 @@ ARCHITECTURES = {
             **_POST_NORMS,
             refined=(Refinement("rope.dimension_sections", None, {"rotary": "halves"}),),
         ),
-        Architecture("glm4moe", **_SECOND_NORM_BY_PLACE, experts=_TOLD),
+        Architecture("glm4moe", **_SECOND_NORM_BY_PLACE, experts=_TOLD_OR_SIGMOID),
         Architecture("gpt2", **_LAYER_NORM, rotary="none", learned_positions=True, activation="gelu"),
         Architecture(
             "gpt-oss",
@@ -337,7 +342,6 @@ ARCHITECTURES = {
             "granitehybrid",
             **_GRANITE,
             recurrent="mamba2",
-            refined=(Refinement("rope.scaling.finetuned", 0, {"rotary": "none"}),),
         ),
         Architecture("granitemoe", **_GRANITE),
         Architecture("granite_swa", **_GRANITE, window_every=4),
@@ -361,7 +365,7 @@ ARCHITECTURES = {
         Architecture("hunyuan_vl", head_norm_last=True),
         Architecture("hy_v3", experts=_TOLD_OR_SIGMOID),
         Architecture("internlm2", **_PAIRED),
-        Architecture("jais", **_LAYER_NORM, rotary="none", alibi=True, attention_scale="inverse"),
+        Architecture("jais", **_LAYER_NORM, rotary="none", alibi=8.0, attention_scale="inverse"),
         Architecture("jais2", **_LAYER_NORM, activation="relu_squared"),
         Architecture("jamba", recurrent="mamba", rotary="none", experts=Routing(scaled=True)),
         Architecture(
@@ -426,13 +430,13 @@ ARCHITECTURES = {
             residual_scale=0.0,
             experts=Routing(normalize=True, scaled=True),
         ),
-        Architecture("minimax-m2", experts=Routing(gating_told=True, normalize=True)),
+        Architecture("minimax-m2", experts=Routing("sigmoid", gating_told=True, normalize=True)),
         Architecture("mistral3", **_PAIRED, temperature=Temperature(), experts=_NORMALIZED),
         Architecture(
             "mpt",
             **_LAYER_NORM,
             rotary="none",
-            alibi=True,
+            alibi=0.0,
             clamped=True,
             head_norm="layer",
             learned_positions=True,
@@ -482,7 +486,7 @@ ARCHITECTURES = {
         Architecture("qwen3next", **_QWEN_DELTA),
         Architecture("qwen3vl"),
         Architecture("qwen3vlmoe", experts=_NORMALIZED),
-        Architecture("refact", rotary="none", alibi=True, unused=_BIASES),
+        Architecture("refact", rotary="none", alibi=8.0, unused=_BIASES),
         Architecture("rnd1", causal=False, experts=_NORMALIZED),
         Architecture("seed_oss", **_SECOND_NORM_BY_PLACE),
         Architecture(
@@ -519,7 +523,7 @@ def describe(architecture: Architecture) -> list[str]:
         "reads both ways": not architecture.causal,
         "parallel blocks": bool(architecture.parallel),
         "no rotation": architecture.rotary == "none",
-        "ALiBi": architecture.alibi,
+        "ALiBi": architecture.alibi is not None,
         "windows": bool(architecture.window_every),
         "soft caps": bool(architecture.attention_soft_cap or architecture.logit_soft_cap),
         "gated queries": architecture.gated_queries,

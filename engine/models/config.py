@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from trichord.errors import ModelError
 from trichord.gguf_file import GGUFFile
 from trichord.models.architectures import Architecture, Temperature, find_architecture
 from trichord.rotary import RotaryConfig
 
+_UNSTRETCHED: dict[str, Any] = {"scaling": "none", "factor": 1.0, "attention_factor": 1.0}
 _SCALINGS = ("none", "linear", "yarn", "longrope")
 _GATINGS = ("", "softmax", "sigmoid", "softmax_of_chosen")
 _MOST_EXPERTS = 4096
@@ -189,7 +191,7 @@ class _Config:
             attention_scale=self.attention_scale(),
             attention_soft_cap=self.or_else("attn_logit_softcapping", architecture.attention_soft_cap),
             query_key_clamp=metadata.real("attention.clamp_kqv") if architecture.clamped else 0.0,
-            alibi_bias=metadata.real("attention.max_alibi_bias", 8.0) if architecture.alibi else 0.0,
+            alibi_bias=self.or_else("attention.max_alibi_bias", architecture.alibi),
             value_scale=metadata.real("attention.value_scale", 1.0),
             temperature=self.temperature(),
             embedding_scale=self.embedding_scale(),
@@ -306,7 +308,7 @@ class _Config:
         if suffix:
             base = metadata.real("rope.freq_base_swa", self.architecture.window_base or config.base)
             unstretched = self.architecture.window_base is not None
-            config = replace(config, base=base, **({"scaling": "none", "factor": 1.0} if unstretched else {}))
+            config = replace(config, base=base, **(_UNSTRETCHED if unstretched else {}))
         return config
 
     def attention_scale(self) -> float:
