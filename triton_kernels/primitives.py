@@ -53,6 +53,19 @@ def dot4(a, b, accumulator):
         )
 
 
+@triton.jit
+def in_registers(CONSTANTS: tl.constexpr, index):
+    """Each of the constants in the shape of `index`, int32 and never negative, which the compiler does not know.
+
+    Otherwise it copies a constant to a register before every instruction that cannot take two of them.
+    """
+    zero = index >> 31
+    if len(CONSTANTS) == 2:
+        return zero | CONSTANTS[0], zero | CONSTANTS[1]
+    else:
+        return zero | CONSTANTS[0], zero | CONSTANTS[1], zero | CONSTANTS[2], zero | CONSTANTS[3]
+
+
 # `prmt` takes four bytes of the eight in two words, each by a nibble of the selector: three bits of index, and a fourth
 # that takes the byte's sign, eight times over, instead of the byte.
 _OCTETS_PTX = tl.constexpr(
@@ -65,18 +78,18 @@ _OCTETS_PTX = tl.constexpr(
 
 
 @triton.jit
-def look_up_8(codes, TABLE: tl.constexpr):
-    """The bytes of TABLE, 8 in two words, that the nibbles of int32 codes index: the lower four's, the upper four's.
+def look_up_8(codes, table):
+    """The bytes of a table, 8 in two words, that the nibbles of int32 codes index: the lower four's, the upper four's.
 
     The fourth bit of each nibble must be zero.
     """
     if _architecture() == "cuda":
         return tl.inline_asm_elementwise(
-            _OCTETS_PTX, "=&r,=r,r,r,r", [codes, TABLE[0], TABLE[1]], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+            _OCTETS_PTX, "=&r,=r,r,r,r", [codes, table[0], table[1]], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
         )
     else:
-        low = _byte_permute(TABLE[0], TABLE[1], _spread_nibbles(codes))
-        return low, _byte_permute(TABLE[0], TABLE[1], _spread_nibbles(codes >> 16))
+        low = _byte_permute(table[0], table[1], _spread_nibbles(codes))
+        return low, _byte_permute(table[0], table[1], _spread_nibbles(codes >> 16))
 
 
 _TABLE_PTX = tl.constexpr(
@@ -91,7 +104,7 @@ _TABLE_PTX = tl.constexpr(
 
 
 @triton.jit
-def look_up_16(codes, TABLE: tl.constexpr):
+def look_up_16(codes, table):
     """`look_up_8` with a table of 16 in four words: codes up to 7 take a byte of the first two, the others of the last.
 
     Each half gives a byte to its own codes and to the other's a sign, eight times over: the result is the exclusive or
@@ -101,21 +114,21 @@ def look_up_16(codes, TABLE: tl.constexpr):
         return tl.inline_asm_elementwise(
             _TABLE_PTX,
             "=&r,=r,r,r,r,r,r",
-            [codes, TABLE[0], TABLE[1], TABLE[2], TABLE[3]],
+            [codes, table[0], table[1], table[2], table[3]],
             dtype=(tl.int32, tl.int32),
             is_pure=True,
             pack=1,
         )
     else:
-        return _look_up_spread(_spread_nibbles(codes), TABLE), _look_up_spread(_spread_nibbles(codes >> 16), TABLE)
+        return _look_up_spread(_spread_nibbles(codes), table), _look_up_spread(_spread_nibbles(codes >> 16), table)
 
 
 @triton.jit
-def _look_up_spread(codes, TABLE: tl.constexpr):
+def _look_up_spread(codes, table):
     """Each half of the table by three bits, then one of the two by the fourth."""
     upper = ((codes >> 3) & 0x01010101) * 255
-    first = _byte_permute(TABLE[0], TABLE[1], codes & 0x07070707)
-    second = _byte_permute(TABLE[2], TABLE[3], codes & 0x07070707)
+    first = _byte_permute(table[0], table[1], codes & 0x07070707)
+    second = _byte_permute(table[2], table[3], codes & 0x07070707)
     inverted = ((first >> 7) & 0x01010101) * 255
     return first ^ ((first ^ second ^ inverted) & upper)
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from gguf import quants
 
 from trichord.triton_kernels.formats.fields import merge, spread
-from trichord.triton_kernels.primitives import look_up_8
+from trichord.triton_kernels.primitives import in_registers, look_up_8
 
 
 def _grid(name: str) -> np.ndarray:
@@ -93,12 +93,13 @@ def all_signs(signs):
 
 
 @triton.jit
-def octet_words(codebook, index, signs, TABLE: tl.constexpr):
+def octet_words(codebook, index, signs, group, TABLE: tl.constexpr):
     """Entries (2, R, G) of a grid of 8, the lowest bit of each nibble flipped by `signs` -> (R, G, 4) words.
 
     In this order of dimensions a thread gathers what belongs to its own group.
     """
-    first, second = look_up_8(tl.load(codebook + index) ^ (signs & 0x11111111), TABLE)
+    codes = tl.load(codebook + index) ^ (signs & 0x11111111)
+    first, second = look_up_8(codes, in_registers(TABLE, group[None, None, :]))
     words = tl.permute(tl.join(first, second), (1, 2, 0, 3))
     return tl.reshape(words, (words.shape[0], words.shape[1], 4))
 

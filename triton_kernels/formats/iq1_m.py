@@ -33,10 +33,10 @@ def _join(indices: torch.Tensor, high: torch.Tensor, scales: torch.Tensor, super
 
 
 @triton.jit
-def _octets(codebook, indices, high, octet):
+def _octets(codebook, indices, high, octet, group):
     high = high >> (octet * 4)
     index = ((indices >> (octet * 8)) & 255) | (high << 8) & 0x700
-    return octet_words(codebook, index, ((high >> 3) & 1) * 0x11111111, TERNARY_TABLE)
+    return octet_words(codebook, index, ((high >> 3) & 1) * 0x11111111, group, TERNARY_TABLE)
 
 
 @triton.jit
@@ -48,7 +48,12 @@ def _decode(planes, row, group, columns):
     scales = elements(planes[2], row, group, groups, 1, 1).to(tl.int32) >> (tl.arange(0, 2) * 3)[None, None, :]
     d = elements(planes[3], row, group, groups, 8, 1).to(tl.float32)
     scale = d * ((scales & 7) * 2 + 1).to(tl.float32) * 0.125
-    return _octets(planes[4], indices, high, octet), _octets(planes[4], indices, high, octet + 2), scale, scale
+    return (
+        _octets(planes[4], indices, high, octet, group),
+        _octets(planes[4], indices, high, octet + 2, group),
+        scale,
+        scale,
+    )
 
 
 IQ1_M = Format(

@@ -27,9 +27,9 @@ def _join(indices: torch.Tensor, high: torch.Tensor, scales: torch.Tensor) -> to
 
 
 @triton.jit
-def _octets(codebook, indices, high, octet):
+def _octets(codebook, indices, high, octet, group):
     index = ((indices >> (octet * 8)) & 255) | ((high << 8) >> (octet * 3)) & 0x700
-    return octet_words(codebook, index, high >> 31, TERNARY_TABLE)
+    return octet_words(codebook, index, high >> 31, group, TERNARY_TABLE)
 
 
 @triton.jit
@@ -41,7 +41,12 @@ def _decode(planes, row, group, columns):
     octet = tl.arange(0, 2)[:, None, None]
     d = elements(planes[2], row, group, groups, 8, 1).to(tl.float32)
     scale = d * (((fields >> 12) & 7) * 2 + 1).to(tl.float32) * 0.125
-    return _octets(planes[3], indices, high, octet), _octets(planes[3], indices, high, octet + 2), scale, scale
+    return (
+        _octets(planes[3], indices, high, octet, group),
+        _octets(planes[3], indices, high, octet + 2, group),
+        scale,
+        scale,
+    )
 
 
 IQ1_S = Format(

@@ -29,9 +29,9 @@ def _join(codes: torch.Tensor, scales: torch.Tensor, superscales: torch.Tensor) 
 
 
 @triton.jit
-def _octets(codebook, indices, high_bits, signs, octet):
+def _octets(codebook, indices, high_bits, signs, octet, group):
     index = ((indices >> (octet * 8)) & 255) | ((high_bits << 8) >> (octet * 2)) & 0x300
-    return octet_words(codebook, index, signs >> octet, IQ2_TABLE)
+    return octet_words(codebook, index, signs >> octet, group, IQ2_TABLE)
 
 
 @triton.jit
@@ -40,8 +40,8 @@ def _decode(planes, row, group, columns):
     indices, signs = tl.split(elements(planes[0], row, group, groups, 1, 2))
     high_bits, scales = tl.split(elements(planes[1], row, group, groups, 1, 2).to(tl.int32))
     octet = tl.arange(0, 2)[:, None, None]
-    low = _octets(planes[3], indices[None], high_bits[None], signs[None], octet)
-    high = _octets(planes[3], indices[None], high_bits[None], signs[None], octet + 2)
+    low = _octets(planes[3], indices[None], high_bits[None], signs[None], octet, group)
+    high = _octets(planes[3], indices[None], high_bits[None], signs[None], octet + 2, group)
     d = elements(planes[2], row, group, groups, 8, 1).to(tl.float32)
     scale = d * (((scales[:, :, None] >> (tl.arange(0, 2) * 4)[None, None, :]) & 15).to(tl.float32) + 0.5) * 0.25
     return low, high, scale, scale

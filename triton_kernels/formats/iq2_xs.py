@@ -37,9 +37,9 @@ def _join(codes: torch.Tensor, scales: torch.Tensor, superscales: torch.Tensor) 
 
 
 @triton.jit
-def _octets(codebook, indices, high_bits, signs, octet):
+def _octets(codebook, indices, high_bits, signs, octet, group):
     index = ((indices >> (octet * 8)) & 255) | (high_bits >> (octet + 20)) & 256
-    return octet_words(codebook, index, signs >> octet, IQ2_TABLE)
+    return octet_words(codebook, index, signs >> octet, group, IQ2_TABLE)
 
 
 @triton.jit
@@ -47,8 +47,8 @@ def _decode(planes, row, group, columns):
     groups = columns // 32
     indices, packed = tl.split(elements(planes[0], row, group, groups, 1, 2))
     signs, octet = all_signs(packed), tl.arange(0, 2)[:, None, None]
-    low = _octets(planes[3], indices[None], packed[None], signs[None], octet)
-    high = _octets(planes[3], indices[None], packed[None], signs[None], octet + 2)
+    low = _octets(planes[3], indices[None], packed[None], signs[None], octet, group)
+    high = _octets(planes[3], indices[None], packed[None], signs[None], octet + 2, group)
     scales = elements(planes[1], row, group, groups, 1, 1).to(tl.int32) >> (tl.arange(0, 2) * 4)[None, None, :]
     d = elements(planes[2], row, group, groups, 8, 1).to(tl.float32)
     scale = d * ((scales & 15).to(tl.float32) + 0.5) * 0.25

@@ -37,8 +37,8 @@ def _join(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _octets(codebook, indices, signs, octet):
-    return octet_words(codebook, (indices >> (octet * 8)) & 255, signs >> octet, IQ2_TABLE)
+def _octets(codebook, indices, signs, octet, group):
+    return octet_words(codebook, (indices >> (octet * 8)) & 255, signs >> octet, group, IQ2_TABLE)
 
 
 @triton.jit
@@ -46,8 +46,8 @@ def _decode(planes, row, group, columns):
     groups = columns // 32
     indices, packed = tl.split(elements(planes[0], row, group, groups, 1, 2))
     signs, octet = all_signs(packed), tl.arange(0, 2)[:, None, None]
-    low = _octets(planes[2], indices[None], signs[None], octet)
-    high = _octets(planes[2], indices[None], signs[None], octet + 2)
+    low = _octets(planes[2], indices[None], signs[None], octet, group)
+    high = _octets(planes[2], indices[None], signs[None], octet + 2, group)
     d = elements(planes[1], row, group, groups, 8, 1).to(tl.float32)
     scale = d * (((packed[:, :, None] >> 28) & 15).to(tl.float32) + 0.5) * 0.25
     return low, high, scale, scale
