@@ -14,7 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prints the table."""
-    from trichord.models.architectures import ARCHITECTURES, describe
+    from trichord.models.architectures import ARCHITECTURES
+    from trichord.models.record import describe
 
     table = {name: describe(ARCHITECTURES[name]) for name in sorted(ARCHITECTURES)}
     if options.json:

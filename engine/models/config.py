@@ -8,7 +8,8 @@ from typing import Any
 
 from trichord.errors import ModelError
 from trichord.gguf_file import GGUFFile
-from trichord.models.architectures import Architecture, Temperature, find_architecture
+from trichord.models.architectures import find_architecture
+from trichord.models.record import Architecture, Temperature
 from trichord.rotary import RotaryConfig
 
 _UNSTRETCHED: dict[str, Any] = {"scaling": "none", "factor": 1.0, "attention_factor": 1.0}
@@ -345,7 +346,7 @@ class _Config:
         if not count:
             return None
         used = metadata.positive("expert_used_count")
-        groups = metadata.number("expert_group_count", 1) if routing.grouped else 1
+        groups = metadata.number("expert_group_count", 1)
         groups_used = metadata.number("expert_group_used_count", 1) if groups > 1 else 1
         if count > _MOST_EXPERTS or used > count or count % groups or groups_used > groups:
             metadata.fail(f"{used} of {count} experts in {groups_used} of {groups} groups cannot be chosen")

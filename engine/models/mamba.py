@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from trichord.cache import StateCache, StateSpec
-from trichord.models.architectures import BARE
 from trichord.models.config import LayerConfig, ModelConfig
 from trichord.models.linear import TensorSource, project
 from trichord.models.norm import Norm
+from trichord.models.record import BARE
 from trichord.models.step import Step
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from trichord.dispatch import Operations
-from trichord.models.architectures import BARE
 from trichord.models.config import ModelConfig
 from trichord.models.linear import TensorSource
+from trichord.models.record import BARE
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-from trichord.models.architectures import BARE
 from trichord.models.config import ModelConfig
 from trichord.models.linear import TensorSource
 from trichord.models.norm import Norm
+from trichord.models.record import BARE
 
 Stream = tuple[torch.Tensor, torch.Tensor | None]
 """A residual (T, hidden) and what is still to be added to it."""

@@ -6,7 +6,7 @@ import torch
 
 from trichord.batch import Batch
 from trichord.dispatch import Precision
-from trichord.models.architectures import Temperature
+from trichord.models.record import Temperature
 from trichord.rotary import Rotary, RotaryConfig
 
 
