@@ -57,15 +57,11 @@ class ChatTemplate:
         whatever the file has. Raises TemplateError when the file's entry is no text, or there is no such template.
         """
         bos, eos = ("" if token is None else tokenizer.piece(token) for token in (tokenizer.bos_id, tokenizer.eos_id))
+        if instead is None and (own := _own_source(file)):
+            return cls(own, bos, eos)
         if instead is not None and instead not in PRESETS:
             return cls(_read(Path(instead)), bos, eos)
-        try:
-            source = file.get("tokenizer.chat_template", str)
-        except GGUFError as error:
-            raise TemplateError(str(error)) from None
-        if source and instead is None:
-            return cls(source, bos, eos)
-        preset = PRESETS[instead] if instead is not None else _guess(file, tokenizer)
+        preset = _guess(file, tokenizer) if instead is None else PRESETS[instead]
         return cls(preset.source, bos, eos, stop=preset.stop)
 
     def with_stops(self, params: SamplingParams | None) -> SamplingParams:
@@ -107,6 +103,13 @@ def encode_rendered(tokenizer: Tokenizer, text: str) -> list[int]:
     # Most templates write the beginning-of-sequence token that the tokenizer adds too.
     doubled = tokenizer.bos_id is not None and ids[:2] == [tokenizer.bos_id] * 2
     return ids[1:] if doubled else ids
+
+
+def _own_source(file: GGUFFile) -> str | None:
+    try:
+        return file.get("tokenizer.chat_template", str)
+    except GGUFError as error:
+        raise TemplateError(str(error)) from None
 
 
 def _guess(file: GGUFFile, tokenizer: Tokenizer) -> Preset:

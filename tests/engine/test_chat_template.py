@@ -419,6 +419,7 @@ def test_a_template_of_the_wrong_type(tmp_path: Path) -> None:
     file = vocabulary(tmp_path / "model.gguf", ["<s>"], template=5)
     with pytest.raises(TemplateError, match=r"tokenizer\.chat_template"):
         ChatTemplate.from_gguf(file, Tokenizer.from_gguf(file))
+    assert ChatTemplate.from_gguf(file, Tokenizer.from_gguf(file), "chatml").render([USER])
 
 
 def vocabulary(path: Path, special: list[str], template: object = None) -> GGUFFile:
