@@ -94,6 +94,7 @@ ARCHITECTURES = {
         Architecture("bailingmoe2", experts=_TOLD_OR_SIGMOID),
         Architecture("bert", **_BERT, rotary="none", learned_positions=True, activation="gelu_erf"),
         Architecture("nomic-bert", **_BERT),
+        Architecture("bitnet", refined=(Refinement("hidden_activation", "relu2", {"activation": "relu_squared"}),)),
         Architecture(
             "bloom", **_LAYER_NORM, rotary="none", alibi=8.0, activation="gelu", embedding_norm=("token_embd_norm",)
         ),

@@ -38,6 +38,8 @@ class Attention:
         ]
         if architecture.bare_head_norm and not layer.rotary:
             self.head_norms = [None, None]
+        sub_norm = source.has("attn_sub_norm")
+        self.sub_norm = Norm.of_heads(source, "attn_sub_norm", 1, mixed, config) if sub_norm else None
         self.sinks = source.optional_vector("attn_sinks.weight", layer.heads)
         self.slopes = (
             alibi_slopes(layer.heads, config.alibi_bias).to(source.place.device) if config.alibi_bias else None
@@ -94,6 +96,8 @@ class Attention:
         ).view(len(x), -1)
         if gate is not None:
             mixed.view(len(x), gate.shape[1], -1).mul_(gate.sigmoid_()[..., None])
+        if self.sub_norm:
+            mixed = self.sub_norm(mixed)
         (y,) = project(mixed, [self.output], step.precision)
         return y if config.value_scale == 1.0 else y.mul_(config.value_scale)
 

@@ -31,6 +31,8 @@ class LayerConfig:
     expert_clamp: float
     depth: float
     """Where among the layers it lies, from 0 to 1."""
+    feed_forward: bool
+    """Whether a feed-forward network belongs to it, unless its architecture says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -151,9 +153,9 @@ class Metadata:
             self.fail(f"{self.key(name)} holds {min(numbers)} to {max(numbers)}")
         return numbers
 
-    def _has(self, name: str, value: int | None) -> bool:
+    def _has(self, name: str, value: int | str | None) -> bool:
         found = self.file.metadata.get(self.key(name))
-        if hasattr(found, "__len__"):
+        if hasattr(found, "__len__") and not isinstance(found, str):
             return bool(len(found)) and value is None and any(found)
         return bool(found) if value is None else found == value
 
@@ -220,6 +222,7 @@ class _Config:
         metadata = self.metadata
         heads = metadata.per_layer("attention.head_count", layers)
         kv_heads = metadata.per_layer("attention.head_count_kv", layers, default=max(heads))
+        widths = metadata.per_layer("feed_forward_length", layers, default=1)
         windows, clamps = self.windows(layers), self.expert_clamps(layers)
         # What a head of latent attention reads is told apart from what its cache holds.
         full, windowed = self.head_sizes(max(heads), "_mla"), self.head_sizes(max(heads), "_swa")
@@ -241,6 +244,7 @@ class _Config:
                     rotary,
                     clamps[index],
                     index / max(1, layers - 1),
+                    bool(widths[index]),
                 )
             )
         return tuple(configs)

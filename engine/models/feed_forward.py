@@ -9,6 +9,7 @@ import torch
 from trichord.dispatch import Activation, Operations
 from trichord.models.config import LayerConfig, ModelConfig
 from trichord.models.linear import TensorSource, project, project_experts
+from trichord.models.norm import Norm
 from trichord.models.step import Step
 
 Choice = tuple[torch.Tensor, torch.Tensor]
@@ -35,6 +36,8 @@ class FeedForward:
         # How much the shared experts count is a number a token.
         self.share = source.optional_vector("ffn_gate_inp_shexp.weight", config.hidden_size) if suffix else None
         divisors = source.optional_vector("ffn.act.scales", down[-1])
+        sub_norm = not suffix and source.has("ffn_sub_norm")
+        self.sub_norm = Norm.of_heads(source, "ffn_sub_norm", 1, down[-1], config) if sub_norm else None
         self.factors = None if divisors is None else divisors.reciprocal()
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
@@ -42,6 +45,8 @@ class FeedForward:
         y = activated(self.operations, project(x, self.inputs, step.precision), self.gated_width, self.activation)
         if self.factors is not None:
             y *= self.factors
+        if self.sub_norm:
+            y = self.sub_norm(y)
         (y,) = project(y, [self.output], step.precision)
         return y if self.share is None else y.mul_((x @ self.share).sigmoid_()[:, None])
 

@@ -28,7 +28,7 @@ class DecoderLayer:
         self.place = source.place
         # Where a layer is a single block, it may be a feed-forward network.
         alone = architecture.single_blocks
-        has_network = not alone or source.has("ffn_up") or source.has("ffn_gate_inp")
+        has_network = (layer.feed_forward and not alone) or source.has("ffn_up") or source.has("ffn_gate_inp")
         self.mixers = [] if alone and has_network else mixers(source, config, layer)
         self.caches = [mixer.cache for mixer in self.mixers]
         routing = architecture.experts

@@ -6,13 +6,13 @@ from typing import Any, Protocol
 
 import torch
 
-from trichord.cache import CacheSpec
+from trichord.cache import CacheSpec, KeyValueSpec
 from trichord.models.attention import Attention
 from trichord.models.config import LayerConfig, ModelConfig
 from trichord.models.delta_net import GatedDeltaNet, KimiDeltaNet
 from trichord.models.latent_attention import LatentAttention
 from trichord.models.lightning import LightningAttention
-from trichord.models.linear import TensorSource
+from trichord.models.linear import TensorSource, project
 from trichord.models.mamba import Mamba, Mamba2
 from trichord.models.short_convolution import ShortConvolution
 from trichord.models.step import Step
@@ -25,6 +25,18 @@ class Mixer(Protocol):
 
     def forward(self, x: torch.Tensor, step: Step, cache: Any) -> torch.Tensor:
         """x (T, hidden) -> (T, hidden); the cache takes the batch's tokens."""
+
+
+class Projection:
+    """What is left of attention whose tokens only see themselves (Nemotron 51B): its output matrix."""
+
+    def __init__(self, source: TensorSource, config: ModelConfig, layer: LayerConfig) -> None:
+        self.output = source.linear("attn_output", config.hidden_size, config.hidden_size)
+        self.cache = KeyValueSpec(0, layer.head_size, layer.value_size)
+
+    def forward(self, x: torch.Tensor, step: Step, cache: Any) -> torch.Tensor:
+        """x (T, hidden) -> (T, hidden); nothing is kept."""
+        return project(x, [self.output], step.precision)[0]
 
 
 # A layer has the recurrent block of its architecture where it has this tensor, or no heads.
@@ -47,6 +59,6 @@ def mixers(source: TensorSource, config: ModelConfig, layer: LayerConfig) -> lis
         if source.has(tensor) or not layer.heads:
             blocks.append(block(source, config, layer))
     if layer.heads and (not blocks or architecture.beside_attention):
-        attention = LatentAttention if architecture.latent else Attention
+        attention = LatentAttention if architecture.latent else Attention if layer.kv_heads else Projection
         blocks.append(attention(source, config, layer))
     return blocks

@@ -59,7 +59,7 @@ class Refinement:
     """What is different in files whose metadata has `value` (None: anything but 0) under `key`."""
 
     key: str
-    value: int | None
+    value: int | str | None
     changes: dict[str, Any]
 
 
