@@ -9,25 +9,28 @@ import torch
 from llvmlite import ir
 
 from trichord.cpu_fallback.decode import GROUP
-from trichord.cpu_fallback.jobs import compile_kernel, run
+from trichord.cpu_fallback.jobs import Job, compile_kernel, run
 from trichord.cpu_fallback.vectors import F32, I8, I16, I32, Emitter, Vector
 
 BYTES = {"exact": 4, "default": 2, "fast": 1}
 """Of one activation, in each precision."""
 
 
-class Activations(NamedTuple):
-    """Addresses of what is known of T rows, padded with zeros to whole groups: K columns."""
+_CHUNK_GROUPS = 1 << 10
+"""Groups a thread takes at a time."""
 
-    columns: int
-    x: int
-    """(T, K) float32, int8, or int16: then of each group first the 16 even ones, then the 16 odd ones."""
-    scales: int
-    """(T, K / 32) float32: what one step of the integers stands for."""
-    sums: int
-    """(T, K / 32) float32: the sum of each group, as rounded."""
-    half_sums: int
-    """(T, K / 16) float32: the sum of each half of a group."""
+
+class Activations(NamedTuple):
+    """What is known of T rows, padded with zeros to whole groups: K columns."""
+
+    addresses: tuple[int, int, int, int]
+    """As the last fields of a `Job` have them:
+
+    (T, K) float32, int8, or int16: then of each group first the 16 even ones, then the 16 odd ones;
+    (T, K / 32) float32: what one step of the integers stands for;
+    (T, K / 32) float32: the sum of each group, as rounded;
+    (T, K / 16) float32: the sum of each half of a group.
+    """
     memory: tuple[torch.Tensor, ...]
     """What the addresses point into."""
 
@@ -40,11 +43,9 @@ def prepare(x: torch.Tensor, precision: str) -> Activations:
     memory = torch.empty(4 * count + 16 * groups, dtype=torch.uint8)  # torch aligns to 64 bytes: loads cross no lines
     address = memory.data_ptr()
     scales = address + BYTES[precision] * count
-    places = {"x_scales": scales, "x_sums": scales + 4 * groups, "x_half_sums": scales + 8 * groups}
-    job = {"kernel": _kernel(precision), "rows": groups, "chunk_rows": 1 << 10, "columns": GROUP}
-    run([job | places | {"x": x.data_ptr(), "y": address}])
-    quants = x.data_ptr() if precision == "exact" else address
-    return Activations(x.shape[1], quants, *places.values(), (x, memory))
+    source, places = x.data_ptr(), (scales, scales + 4 * groups, scales + 8 * groups)
+    run([Job(_kernel(precision), groups, _CHUNK_GROUPS, GROUP, 0, 0, address, 0, 0, 0, source, *places)])
+    return Activations((source if precision == "exact" else address, *places), (x, memory))
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from numba.extending import intrinsic
 
 from trichord.cpu_fallback.attention_scores import cap, soften, tilt
 from trichord.cpu_fallback.jit import compile_address, compiled, threads
-from trichord.cpu_fallback.jobs import FIELDS, run
+from trichord.cpu_fallback.jobs import FIELDS, Job, run
 from trichord.cpu_fallback.native import emitter_for, exp, floats, from_half, halves, integers, pointer
 from trichord.cpu_fallback.vectors import F32, I8, I16, I64, Vector
 
@@ -373,7 +373,7 @@ def attend(
     problems = np.array(
         [(*addresses, *optional, *geometry, *strides, causal, window, chunked, scale, soft_cap)], PROBLEM
     )
-    job = {"kernel": _kernel_address(), "rows": tasks * splits, "chunk_rows": 1, "x": problems.ctypes.data}
-    run([job | {"columns": rows * pages * page * size // splits}])  # about the products a task takes
+    products = rows * pages * page * size // splits  # that a task takes, about
+    run([Job(_kernel_address(), tasks * splits, 1, products, x=problems.ctypes.data)])
     if splits > 1:
         _combine(problems, tasks * splits)

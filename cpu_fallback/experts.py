@@ -37,20 +37,20 @@ def expert_matmul(
         limits = np.array([most_rows_in_place(w.format, used) for w, used in zip(weights, precisions, strict=True)])
         few = np.where(counts <= limits[:, None], counts, 0)
         if few.any():
-            from trichord.cpu_fallback.in_place import multiply
+            from trichord.cpu_fallback.in_place import multiply_paired
 
-            multiply(rows, list(zip(weights, precisions, results, strict=True)), pairs, starts, few)
+            multiply_paired(rows, list(zip(weights, precisions, results, strict=True)), pairs, starts, few)
         for expert in np.flatnonzero(counts > limits.min()):
             of_expert = torch.from_numpy(pairs[starts[expert] : starts[expert] + counts[expert]])
             together = rows[of_expert[:, 0]]
             for weight, y, limit in zip(weights, results, limits, strict=True):
                 if counts[expert] > limit:
                     y[of_expert[:, 1]] = _expert_product(together, weight, int(expert))
-    return [y.unflatten(0, (tokens, chosen)) for y in results]
+    return [y.view(tokens, chosen, y.shape[1]) for y in results]
 
 
 def _by_expert(ids: np.ndarray, experts: int, sharing: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pairs of rows of x and y sorted by expert (see `in_place.multiply`), each expert's first pair and its number.
+    """Pairs of rows of x and y (see `in_place.multiply_paired`) by expert, each expert's first pair and its number.
 
     `sharing` adjacent ids share one row of x.
     """

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from typing import TypeAlias
+
 import numpy as np
 import torch
 
-from trichord.cpu_fallback.activations import prepare
+from trichord.cpu_fallback.activations import Activations, prepare
 from trichord.cpu_fallback.jit import compiled
-from trichord.cpu_fallback.jobs import FIELDS, run, table
+from trichord.cpu_fallback.jobs import FIELDS, Job, run
 from trichord.cpu_fallback.rowdot import dequantize_kernel, dot_kernel
 from trichord.weight_format import Weight, WeightFormat
 
@@ -15,37 +18,84 @@ _STEPS = (4, 2, 1)
 """Rows of activations a kernel takes at a time; more would not stay in 16 registers."""
 _CHUNK_WEIGHTS = 1 << 17
 """Weights a thread takes at a time: some 8 microseconds of work, and a packed chunk stays in the cache."""
-_KERNEL, _ROWS, _WEIGHTS, _ROW_BYTES, _TOKENS, _PAIRS = map(
-    FIELDS.index, ("kernel", "rows", "weights", "row_bytes", "tokens", "pairs")
+_KERNEL, _ROWS, _WEIGHTS, _ROW_BYTES, _TOKENS, _PAIRS, _X, _Y = map(
+    FIELDS.index, ("kernel", "rows", "weights", "row_bytes", "tokens", "pairs", "x", "y")
 )
 
+Product: TypeAlias = tuple[Weight, str, torch.Tensor]
+"""A weight, the precision it is multiplied in, and where the results go: float32, contiguous."""
 
-def multiply(
-    x: torch.Tensor,
-    products: list[tuple[Weight, str, torch.Tensor]],
-    pairs: np.ndarray,
-    starts: np.ndarray,
-    counts: np.ndarray,
-) -> None:
-    """Rows of x (R, K) times matrices of each (weight, precision, y), all in one parallel region.
 
-    pairs (P, 2) int64: a row of x, and the row of y that its product becomes. Matrix m of weight w (the weight itself,
-    or an expert's) takes counts[w, m] pairs from starts[m] on (int64); what it decodes, up to four of them share.
-    x and every y are float32 and contiguous.
+def multiply(x: torch.Tensor, products: list[Product]) -> None:
+    """x (T, K) float32, contiguous, times whole matrices: y (T, N) for each product, all in one parallel region.
+
+    A token takes a hundred of these calls: of their jobs, only addresses change from one to the next.
     """
-    prepared = {precision: prepare(x, precision) for precision in {precision for _, precision, _ in products}}
-    most, templates, kernels = counts.max(), [], []
-    for weight, precision, y in products:
-        activations = prepared[precision]
-        templates.append(
-            _job(weight.data, weight.out_features, weight.in_features, y)
-            | {"x": activations.x, "x_scales": activations.scales}
-            | {"x_sums": activations.sums, "x_half_sums": activations.half_sums}
-        )
-        kernels.append([dot_kernel(weight.format, precision, step) if step <= most else 0 for step in _STEPS])
+    fixed, owners = _whole_jobs(tuple(_matrix(*product) for product in products), len(x))
+    jobs = fixed.copy()
+    jobs[:, _Y] = [products[owner][2].data_ptr() for owner in owners]
+    activations = _enter(jobs, x, [products[owner][1] for owner in owners])
+    run(jobs)
+    del activations  # not before: the jobs only know their addresses
+
+
+def multiply_paired(
+    x: torch.Tensor, products: list[Product], pairs: np.ndarray, starts: np.ndarray, counts: np.ndarray
+) -> None:
+    """Rows of x (R, K) times those matrices of experts that they are paired with, all in one parallel region.
+
+    pairs (P, 2) int64: a row of x, and the row of y that its product becomes. Expert m of weight w takes
+    counts[w, m] pairs from starts[m] on (int64); what it decodes, up to four of them share.
+    """
+    templates = np.array([_template(*_matrix(*product)[:4]) for product in products], np.int64)
+    templates[:, _Y] = [y.data_ptr() for _, _, y in products]
+    activations = _enter(templates, x, [precision for _, precision, _ in products])
+    most = counts.max()
+    kernels = [_kernels(weight.format, precision, most) for weight, precision, _ in products]
     jobs = np.empty((len(products) * min(len(pairs), len(_STEPS) * len(starts)), len(FIELDS)), np.int64)
-    used = _fill(jobs, table(templates), np.array(kernels, np.int64), pairs, starts, counts)
+    used = _fill(jobs, templates, np.array(kernels, np.int64), pairs, starts, counts)
     run(jobs[:used])
+    del activations
+
+
+def _matrix(weight: Weight, precision: str, _: torch.Tensor) -> tuple[int, int, int, int, WeightFormat, str]:
+    data = weight.data
+    return data.data_ptr(), data.stride(0), weight.out_features, weight.in_features, weight.format, precision
+
+
+def _template(address: int, row_bytes: int, rows: int, columns: int) -> Job:
+    return Job(0, rows, max(1, _CHUNK_WEIGHTS // columns), columns, address, row_bytes, y_stride=rows)
+
+
+def _kernels(format: WeightFormat, precision: str, most: int) -> list[int]:
+    """Addresses of the kernels for `_STEPS`, as far as so many rows of activations need them."""
+    return [dot_kernel(format, precision, step) if step <= most else 0 for step in _STEPS]
+
+
+def _enter(jobs: np.ndarray, x: torch.Tensor, precisions: list[str]) -> list[Activations]:
+    """Prepares x for each precision and enters it in the jobs; the result must live as long as these."""
+    prepared = {precision: prepare(x, precision) for precision in set(precisions)}
+    for precision, activations in prepared.items():
+        rows = slice(None) if len(prepared) == 1 else [i for i, used in enumerate(precisions) if used == precision]
+        jobs[rows, _X : _X + 4] = activations.addresses
+    return list(prepared.values())
+
+
+@functools.lru_cache(maxsize=4096)
+def _whole_jobs(matrices: tuple[tuple, ...], tokens: int) -> tuple[np.ndarray, list[int]]:
+    """The jobs of `multiply` without the addresses of a call, and the number of the matrix that each belongs to."""
+    templates = np.array([_template(*matrix[:4]) for matrix in matrices], np.int64)
+    kernels = np.array([_kernels(*matrix[4:], tokens) for matrix in matrices], np.int64)
+    jobs = np.empty((len(matrices) * len(_STEPS), len(FIELDS)), np.int64)
+    starts, counts = np.zeros(1, np.int64), np.full((len(matrices), 1), tokens, np.int64)
+    used = _fill(jobs, templates, kernels, _rows_in_order(tokens), starts, counts)
+    return jobs[:used], [i * len(matrices) // used for i in range(used)]
+
+
+@functools.cache  # for as many numbers of rows as are multiplied in place; the jobs know its address
+def _rows_in_order(count: int) -> np.ndarray:
+    """Pairs of every row of x with the same row of y."""
+    return (np.arange(2 * count, dtype=np.int64) // 2).reshape(-1, 2)
 
 
 @compiled
@@ -70,9 +120,5 @@ def _fill(jobs, templates, kernels, pairs, starts, counts):  # type: ignore[no-u
 
 def decode(data: torch.Tensor, format: WeightFormat, values: torch.Tensor) -> None:
     """Packed rows (R, row_bytes) uint8 -> values (R, columns) float32; columns in whole groups of 32."""
-    run([_job(data, data.shape[0], values.shape[1], values) | {"kernel": dequantize_kernel(format)}])
-
-
-def _job(data: torch.Tensor, rows: int, columns: int, y: torch.Tensor) -> dict[str, int]:
-    place = {"weights": data.data_ptr(), "row_bytes": data.stride(0), "y": y.data_ptr(), "y_stride": y.stride(0)}
-    return place | {"rows": rows, "chunk_rows": max(1, _CHUNK_WEIGHTS // columns), "columns": columns}
+    job = _template(data.data_ptr(), data.stride(0), *values.shape)
+    run([job._replace(kernel=dequantize_kernel(format), y=values.data_ptr(), y_stride=values.stride(0))])

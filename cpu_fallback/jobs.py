@@ -1,7 +1,7 @@
 """A table of jobs, each a kernel over rows, and the threads that work it off.
 
 A kernel is compiled machine code with the C signature `void (const int64 *job, int64 first_row, int64 last_row)`; its
-job is a row of the table, the fields below.
+job is a row of the table: the fields of `Job`.
 
 The caller of `run` works itself. Helpers, threads that wait in machine code without the GIL, join when they notice: all
 take the next chunk of rows from a common counter, and the caller waits at the end only for chunks in work, never for a
@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Callable
 from types import FunctionType
+from typing import NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -31,22 +32,38 @@ from trichord.cpu_fallback.vectors import I64, Emitter
 _WORTH_HELP = 1 << 18
 """Products of smaller jobs than this are done before a helper has come."""
 
-FIELDS = (
-    "kernel",  # address of the machine code
-    "rows",
-    "chunk_rows",  # rows of one chunk, a thread's share at a time
-    "weights",  # address of the packed rows
-    "row_bytes",
-    "columns",
-    "y",  # address of the results
-    "y_stride",  # elements from one row of the results to the next
-    "tokens",  # rows of activations
-    "pairs",  # address of int64: for each of these, its row in x and its row in y
-    "x",  # address of the activations, each row padded to whole groups of 32
-    "x_scales",  # address of float32: one scale for each group of 32 activations
-    "x_sums",  # address of float32: the sum of each group
-    "x_half_sums",  # address of float32: the sum of each half of a group
-)
+
+class Job(NamedTuple):
+    """A row of the table; a kernel reads the fields it needs."""
+
+    kernel: int
+    """Address of the machine code."""
+    rows: int
+    chunk_rows: int
+    """Rows of one chunk, a thread's share at a time."""
+    columns: int
+    weights: int = 0
+    """Address of the packed rows."""
+    row_bytes: int = 0
+    y: int = 0
+    """Address of the results."""
+    y_stride: int = 0
+    """Elements from one row of the results to the next."""
+    tokens: int = 0
+    """Rows of activations."""
+    pairs: int = 0
+    """Address of int64: for each of these, its row in x and its row in y."""
+    x: int = 0
+    """Address of the activations, each row padded to whole groups of 32."""
+    x_scales: int = 0
+    """Address of float32: one scale for each group of 32 activations."""
+    x_sums: int = 0
+    """Address of float32: the sum of each group."""
+    x_half_sums: int = 0
+    """Address of float32: the sum of each half of a group."""
+
+
+FIELDS = Job._fields
 _ROWS, _CHUNK_ROWS, _COLUMNS, _TOKENS = map(FIELDS.index, ("rows", "chunk_rows", "columns", "tokens"))
 
 
@@ -238,14 +255,10 @@ def _products(jobs):  # type: ignore[no-untyped-def]
     return products
 
 
-def table(jobs: list[dict[str, int]]) -> np.ndarray:
-    """Jobs as dictionaries of `FIELDS` (those a kernel does not read may be missing) -> what `run` takes."""
-    return np.array([job.get(field, 0) for job in jobs for field in FIELDS], np.int64).reshape(-1, len(FIELDS))
-
-
-def run(jobs: list[dict[str, int]] | np.ndarray) -> None:
-    """Work off the jobs, a `table` (J, fields) int64 or what makes one."""
-    jobs = table(jobs) if isinstance(jobs, list) else jobs
+def run(jobs: list[Job] | np.ndarray) -> None:
+    """Work off the jobs, as a list or as the rows of an int64 array."""
+    if isinstance(jobs, list):
+        jobs = np.array(jobs, np.int64)
     if _products(jobs) < _WORTH_HELP or (workers := threads()) == 1 or not _crew.busy.acquire(blocking=False):
         _work(jobs, np.zeros(1, np.int64))  # alone; so do all but one of several callers at once
         return

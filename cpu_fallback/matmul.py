@@ -6,10 +6,8 @@ float32 once and multiplying by BLAS; no weight is ever expanded as a whole. Wit
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from trichord.cpu_fallback.decode import DECODERS, GROUP
@@ -68,14 +66,8 @@ def matmul(x: torch.Tensor, weights: Sequence[Weight], precision: str) -> list[t
     if products and x.numel():
         from trichord.cpu_fallback.in_place import multiply
 
-        multiply(x, products, *_all_rows(x.shape[0]), np.full((len(products), 1), x.shape[0], np.int64))
+        multiply(x, products)
     return results
-
-
-@functools.cache  # for as many numbers of rows as are multiplied in place
-def _all_rows(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The pairs and starts (see `in_place.multiply`) of one matrix that every row meets."""
-    return (np.arange(2 * count, dtype=np.int64) // 2).reshape(-1, 2), np.zeros(1, np.int64)
 
 
 def used_precision(format: WeightFormat, precision: str) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from numba import carray
 
 from trichord.cpu_fallback.jit import Compiled, compile_address, compiled
-from trichord.cpu_fallback.jobs import FIELDS, run
+from trichord.cpu_fallback.jobs import FIELDS, Job, run
 from trichord.cpu_fallback.native import exp, floats, halves, long_integers, pointer, to_half
 
 _X = FIELDS.index("x")  # where a job has its record's address
@@ -56,8 +56,7 @@ class Kernel:
         if rows * width < _WORTH_HELP:
             self._body(place, 0, rows)
             return
-        job = {"kernel": self._address, "rows": rows, "columns": _PRODUCTS * width, "x": place}
-        run([job | {"chunk_rows": max(1, _CHUNK_NUMBERS // width)}])
+        run([Job(self._address, rows, max(1, _CHUNK_NUMBERS // width), _PRODUCTS * width, x=place)])
 
     @functools.cached_property
     def _address(self) -> int:
