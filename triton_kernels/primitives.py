@@ -54,16 +54,12 @@ def dot4(a, b, accumulator):
 
 
 @triton.jit
-def in_registers(CONSTANTS: tl.constexpr, index):
-    """Each of the constants in the shape of `index`, int32 and never negative, which the compiler does not know.
+def in_register(CONSTANT: tl.constexpr, index):
+    """The constant in the shape of `index`, int32 and never negative, which the compiler does not know.
 
     Otherwise it copies a constant to a register before every instruction that cannot take two of them.
     """
-    zero = index >> 31
-    if len(CONSTANTS) == 2:
-        return zero | CONSTANTS[0], zero | CONSTANTS[1]
-    else:
-        return zero | CONSTANTS[0], zero | CONSTANTS[1], zero | CONSTANTS[2], zero | CONSTANTS[3]
+    return (index >> 31) | CONSTANT
 
 
 # `prmt` takes four bytes of the eight in two words, each by a nibble of the selector: three bits of index, and a fourth

@@ -21,7 +21,7 @@ import triton.language as tl
 from gguf import quants
 
 from trichord.triton_kernels.formats.fields import merge, spread
-from trichord.triton_kernels.primitives import in_registers, look_up_8
+from trichord.triton_kernels.primitives import in_register, look_up_8
 
 
 def _grid(name: str) -> np.ndarray:
@@ -99,7 +99,8 @@ def octet_words(codebook, index, signs, group, TABLE: tl.constexpr):
     In this order of dimensions a thread gathers what belongs to its own group.
     """
     codes = tl.load(codebook + index) ^ (signs & 0x11111111)
-    first, second = look_up_8(codes, in_registers(TABLE, group[None, None, :]))
+    thread = group[None, None, :]
+    first, second = look_up_8(codes, (in_register(TABLE[0], thread), in_register(TABLE[1], thread)))
     words = tl.permute(tl.join(first, second), (1, 2, 0, 3))
     return tl.reshape(words, (words.shape[0], words.shape[1], 4))
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from trichord.triton_kernels.formats.fields import elements, merge, spread
-from trichord.triton_kernels.primitives import in_registers, look_up_16
+from trichord.triton_kernels.primitives import in_register, look_up_16
 
 
 def table_words(values: Sequence[int]) -> tuple[int, ...]:
@@ -48,4 +48,7 @@ def _exchanged(codes):
 @triton.jit
 def words_from_table(plane, row, group, groups, TABLE: tl.constexpr):
     """The table's bytes for each group's codes: weights 0..15 and 16..31, two (R, G, 4) int32."""
-    return look_up_16(elements(plane, row, group, groups, 1, 4), in_registers(TABLE, group[None, :, None]))
+    thread = group[None, :, None]
+    first = in_register(TABLE[0], thread), in_register(TABLE[1], thread)
+    second = in_register(TABLE[2], thread), in_register(TABLE[3], thread)
+    return look_up_16(elements(plane, row, group, groups, 1, 4), first + second)
