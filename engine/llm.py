@@ -91,13 +91,14 @@ class LLM:
         with progress_bar("Loading", size, "bytes", progress) as advance:
             self.model = Decoder(self.file, self.config, places, outer, advance, self._adapters(lora))
         dtype = _kv_dtype(kv_dtype, precision)
+        pages, sequences = self._capacity(dtype, max_sequences, cache_bytes)
         self._engine = Engine(
             self.model,
             precision=precision,
             kv_dtype=dtype,
-            pages=self._pages(dtype, max_sequences, cache_bytes),
+            pages=pages,
             max_batch_tokens=max_batch_tokens,
-            max_sequences=max_sequences,
+            max_sequences=sequences,
             piece=self.tokenizer.piece if self.tokenizer else str,
         )
         self.load_seconds = time.perf_counter() - started
@@ -284,28 +285,39 @@ class LLM:
                 advance(now - finished)
                 finished = now
 
-    def _pages(self, dtype: torch.dtype, max_sequences: int, cache_bytes: int | None) -> int:
-        """How many cache pages to allocate; shortens the context when not even one fits in memory."""
+    def _capacity(self, dtype: torch.dtype, max_sequences: int, cache_bytes: int | None) -> tuple[int, int]:
+        """How many cache pages to allocate, and how many sequences' states.
+
+        Warns where memory holds the states of fewer sequences, or not even one context: then it is shortened.
+        """
         of_context = pages_for(self.context_length)
-        pages = of_context * max_sequences
         per_place: dict[Place, int] = {}
         slots: dict[Place, int] = {}
         for layer in self.model.layers:
             per_place[layer.place] = per_place.get(layer.place, 0) + sum(c.page_bytes(dtype) for c in layer.caches)
-            slots[layer.place] = slots.get(layer.place, 0) + max_sequences * sum(c.slot_bytes for c in layer.caches)
+            slots[layer.place] = slots.get(layer.place, 0) + sum(c.slot_bytes for c in layer.caches)
+        sequences, budgets = max_sequences, {}
         for place, page_bytes in per_place.items():
             budget = cache_bytes
             if budget is None:
                 # The CPU's pages are only touched when used, but the memory is shared with everything else.
                 budget = place.free_bytes() * (0.85 if place.device.type == "cuda" else 0.25)
-            budget -= slots[place]
-            if budget < 0:
-                raise DeviceError(
-                    f"No memory for the states of {max_sequences} sequences, {slots[place] / 2**30:.1f} GiB: "
-                    "lower max_sequences."
-                )
+            budgets[place] = budget
+            if slots[place]:  # half of the memory at most, where there are positions to remember as well
+                sequences = min(sequences, int(budget / (2 if page_bytes else 1) // slots[place]))
+        if sequences < max_sequences:
+            states = f"{sum(slots.values()) / 2**20:.1f} MiB of states"
+            if sequences < 1:
+                raise DeviceError(f"No memory for a sequence's {states}.")
+            warnings.warn(
+                f"There is memory for {sequences} of {max_sequences} sequences at a time, each with {states}: "
+                "others wait.",
+                stacklevel=3,
+            )
+        pages = of_context * sequences
+        for place, page_bytes in per_place.items():
             if page_bytes:
-                pages = min(pages, int(budget // page_bytes))
+                pages = min(pages, int((budgets[place] - sequences * slots[place]) // page_bytes))
         if pages < of_context:
             needed = sum(per_place.values())
             if pages < 1:
@@ -318,7 +330,7 @@ class LLM:
                 f"({needed * of_context / 2**30:.1f} GiB would hold them all): the context is shortened to that.",
                 stacklevel=3,
             )
-        return pages
+        return pages, sequences
 
 
 class TextStream(Iterator[str]):

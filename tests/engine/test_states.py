@@ -8,6 +8,7 @@ import torch
 from support import parity
 
 from trichord import LLM, SamplingParams
+from trichord.errors import DeviceError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
@@ -36,17 +37,34 @@ def test_a_ragged_batch_gives_what_each_prompt_gives_alone(name):
     assert sorted(llm._engine.scheduler._free_slots) == [0, 1, 2]
 
 
+def sizes(llm: LLM) -> tuple[int, int]:
+    """Bytes of a page and of a slot."""
+    specs = [spec for layer in llm.model.layers for spec in layer.caches]
+    return sum(spec.page_bytes(torch.float32) for spec in specs), sum(spec.slot_bytes for spec in specs)
+
+
 def test_a_preempted_sequence_is_computed_anew():
-    specs = [spec for layer in model().model.layers for spec in layer.caches]
-    page, slot = (
-        sum(bytes) for bytes in zip(*((s.page_bytes(torch.float32), s.slot_bytes) for s in specs), strict=True)
-    )
-    small = model(max_sequences=3, cache_bytes=5 * page + 3 * slot)
+    roomy = model("granitehybrid-dense", max_sequences=3)
+    page, slot = sizes(roomy)
+    assert 6 * page <= 3 * slot < 9 * page
+    tight = model("granitehybrid-dense", max_sequences=3, cache_bytes=6 * slot)
     params = [SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)] * 3
-    repeated = [pattern * (60 // len(pattern)) for pattern in ([3, 1], [4], [1, 5, 9])]
-    expected = completions(model(max_sequences=3), repeated, params)
-    assert completions(small, repeated, params) == expected
-    assert small._engine.scheduler.preemptions > 0
+    repeated = [pattern * (120 // len(pattern)) for pattern in ([3, 1], [4], [1, 5, 9])]
+    expected = completions(roomy, repeated, params)
+    assert completions(tight, repeated, params) == expected
+    assert tight._engine.scheduler.preemptions > 0
+
+
+@pytest.mark.parametrize(("name", "share"), [("qwen35-dense", 2), ("mamba2-dense", 1)])
+def test_states_of_fewer_sequences_where_memory_lacks(name, share):
+    """Where positions are remembered as well, states take half of the memory at most."""
+    _, slot = sizes(model(name, max_sequences=1))
+    with pytest.warns(UserWarning, match="memory for 2 of 5 sequences"):
+        llm = model(name, max_sequences=5, cache_bytes=share * (2 * slot + slot // 2))
+    ragged = prompts(4, 20)
+    assert completions(llm, ragged, [GREEDY] * 4) == completions(model(name), ragged, [GREEDY] * 4)
+    with pytest.raises(DeviceError, match="No memory for a sequence's"):
+        model(name, cache_bytes=share * slot - 1)
 
 
 def test_states_are_never_shared_by_prefix():
