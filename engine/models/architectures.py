@@ -29,7 +29,6 @@ _GRANITE: dict[str, Any] = {
     "logit_scale": "divide",
     "attention_scale": "metadata",
     "experts": Routing(normalize=True),
-    "refined": (Refinement("rope.scaling.finetuned", 0, {"rotary": "none"}),),
 }
 _COHERE: dict[str, Any] = {
     **_LAYER_NORM,
@@ -54,6 +53,8 @@ _BERT: dict[str, Any] = {
     "feed_forward_post_norm": ("layer_output_norm",),
     "output_norm": (),
 }
+# Granite's files say with this key whether queries and keys turn.
+_TURNING_IF_TUNED = (Refinement("rope.scaling.finetuned", 0, {"rotary": "none"}),)
 _NORMALIZED = Routing(normalize=True)
 _TOLD = Routing(gating_told=True, normalize=None, scaled=True)
 _QWEN_DELTA: dict[str, Any] = {
@@ -184,11 +185,12 @@ ARCHITECTURES = {
             experts=Routing(gating="softmax_of_chosen"),
         ),
         Architecture("gptneox", **_LAYER_NORM, parallel="metadata", activation="gelu"),
-        Architecture("granite", **_GRANITE),
+        Architecture("granite", **_GRANITE, refined=_TURNING_IF_TUNED),
         Architecture(
             "granitehybrid",
             **_GRANITE,
             recurrent="mamba2",
+            refined=_TURNING_IF_TUNED,
         ),
         Architecture("granitemoe", **_GRANITE),
         Architecture("granite_swa", **_GRANITE, window_every=4),

@@ -221,8 +221,11 @@ class _Config:
     def layers(self, layers: int) -> tuple[LayerConfig, ...]:
         metadata = self.metadata
         heads = metadata.per_layer("attention.head_count", layers)
+        if not max(heads) and not self.architecture.recurrent:
+            metadata.fail(f"{metadata.key('attention.head_count')} is 0")
         kv_heads = metadata.per_layer("attention.head_count_kv", layers, default=max(heads))
         widths = metadata.per_layer("feed_forward_length", layers, default=1)
+        turning = metadata.per_layer("attention.rope_pattern", layers, default=1)
         windows, clamps = self.windows(layers), self.expert_clamps(layers)
         # What a head of latent attention reads is told apart from what its cache holds.
         full, windowed = self.head_sizes(max(heads), "_mla"), self.head_sizes(max(heads), "_swa")
@@ -233,7 +236,7 @@ class _Config:
             if kv_heads[index] and heads[index] % kv_heads[index]:
                 metadata.fail(f"{heads[index]} query heads cannot share {kv_heads[index]} key-value heads")
             head_size, value_size = windowed if window else full
-            rotary = rotaries[bool(window)] if self.rotates(index, windows) else None
+            rotary = rotaries[bool(window)] if turning[index] and self.rotates(index, windows) else None
             configs.append(
                 LayerConfig(
                     heads[index],

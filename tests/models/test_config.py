@@ -136,7 +136,8 @@ def test_scales_of_granite(configure):
     config = configure("granite", logit_scale=8.0, residual_scale=0.25, attention__scale=0.0625, embedding_scale=12.0)
     assert (config.logit_scale, config.residual_scale) == (0.125, 0.25)
     assert (config.attention_scale, config.embedding_scale) == (0.0625, 12)
-    assert not any(rotated(configure("granitemoe", rope__scaling__finetuned=False)))
+    assert not any(rotated(configure("granite", rope__scaling__finetuned=False)))
+    assert rotated(configure("granite_swa", attention__rope_pattern=[1, 0, 1, 1])) == [True, False, True, True]
 
 
 def test_scales_of_early_grok_files(configure):
