@@ -71,8 +71,10 @@ _LLAMA_CPP = {
 _INTRODUCTION = """\
 # Kernels, from their machine code
 
-Printed by `{command}`. No GPU took part: the kernels were compiled as they would be launched, for a
-weight of {rows} x {columns} in each format at precision `{precision}`, and their machine code was read.
+Printed by `{command}`.
+
+No GPU took part: the kernels were compiled as they would be launched, for a weight of {rows} x {columns} in each
+format, and their machine code was read.
 
 * **Instructions a weight** are those of the main loop that a thread executes for each weight it decodes{llama_cpp}.
   Dequantizing has no loop: its whole kernel counts.
@@ -123,8 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     targets = options.target or list(names) or ["sm_90"]
     places = [(target, names.get(target) or _first_gpu(target)) for target in targets]
     records = report(places, options.format or _every_format(), options.rows, options.precision, options.workers)
-    shown = sys.argv[1:] if arguments is None else arguments
-    print(_render(records, options.precision, "python scripts/kernel_report.py " + " ".join(shown)))
+    print(_render(records, options.precision, _command(options)))
     if options.json:
         options.json.write_text(json.dumps([asdict(record) for record in records], indent=1) + "\n")
     return 0
@@ -140,6 +141,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes (one a core)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     return parser
+
+
+def _command(options: argparse.Namespace) -> str:
+    """What makes the same report again."""
+    chosen = {"target": options.target, "gpu": options.gpu, "format": options.format, "rows": options.rows}
+    words = [f"--{name} {' '.join(map(str, values))}" for name, values in chosen.items() if values]
+    return " ".join(["python scripts/kernel_report.py", *words, f"--precision {options.precision}"])
 
 
 def _first_gpu(target: str) -> str | None:
@@ -294,10 +302,9 @@ def _render(records: list[Record], precision: str, command: str) -> str:
     compared = any(_llama_cpp(record, precision) for record in records)
     parts = [
         _INTRODUCTION.format(
-            command=command.strip(),
+            command=command,
             rows=_SHAPE[0],
             columns=_SHAPE[1],
-            precision=precision,
             llama_cpp=compared_with if compared else "",
         )
     ]

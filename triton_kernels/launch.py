@@ -36,7 +36,7 @@ class Case:
 class GemvTile:
     """A program multiplies `rows` rows of the weight, `groups` groups at a time, by all rows of x.
 
-    32 * warps groups give each thread one group of each row.
+    As many groups as threads give each thread one group of each row.
     """
 
     rows: int
