@@ -205,7 +205,7 @@ ARCHITECTURES = {
             experts=Routing(normalize=True, scaled=True, dense=True, company=0.5**0.5),
             embedding_scale="sqrt_width",
             logit_scale="multiply",
-            logit_scale_default=3**-0.5,
+            default_logit_scale=3**-0.5,
         ),
         Architecture("grovemoe", experts=_NORMALIZED),
         Architecture("hrm_text", **{**_BARE_NORMS, "output_norm": ()}, embedding_scale=1.0),
@@ -263,14 +263,15 @@ ARCHITECTURES = {
             residual_scale=1.4,
             logit_scale="divide",
             experts=_NORMALIZED,
-            # Early files of the models with 1B and 2B parameters have no scales.
-            refined=(
-                Refinement("embedding_length", 1536, {"logit_scale_default": 6.0}),
-                Refinement("embedding_length", 2304, {"logit_scale_default": 9.0}),
-            ),
+            default_logit_width=256,
         ),
         Architecture(
-            "minicpm3", latent=True, embedding_scale=12.0, residual_scale=1.4, logit_scale="multiply", logit_width=256
+            "minicpm3",
+            latent=True,
+            embedding_scale=12.0,
+            residual_scale=1.4,
+            logit_scale="multiply",
+            default_logit_width=256,
         ),
         Architecture(
             "minimax-01",

@@ -390,8 +390,9 @@ class _Config:
         return self.or_else("embedding_scale", default) or 1.0
 
     def logit_scale(self) -> float:
-        how = self.architecture.logit_scale
-        scale = self.metadata.real("logit_scale", self.architecture.logit_scale_default) if how else 1.0
-        if self.architecture.logit_width:
-            scale *= self.architecture.logit_width / self.hidden_size
-        return 1.0 / scale if how == "divide" else scale
+        architecture = self.architecture
+        scale = self.metadata.real("logit_scale") if architecture.logit_scale else 0.0
+        if scale:
+            return 1.0 / scale if architecture.logit_scale == "divide" else scale
+        width = architecture.default_logit_width
+        return width / self.hidden_size if width else architecture.default_logit_scale

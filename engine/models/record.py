@@ -32,7 +32,7 @@ class Routing:
     """Whether the router reads the layer's input, before its norm, instead of what the experts read."""
     clamp: float | None = None
     """The bound of the experts' activations and of what gates them, unless the metadata has one (swiglu_clamp_exp)."""
-    company: float | None = 1.0
+    company: float = 1.0
     """What the sum of the experts and of a network for all tokens beside them (a shared one, or a dense one) is
     multiplied by."""
     dense: bool = False
@@ -118,6 +118,7 @@ class Architecture:
     """Scores are divided by the root of the head's size, by the size, by the root of a head's share of the embedding,
     or multiplied by the metadata's number, if it has one."""
     clamped: bool = False
+    """Queries, keys and values are bounded by the metadata's attention.clamp_kqv, if it has one."""
     alibi: float | None = None
     """Scores fall with the distance (ALiBi) by the metadata's attention.max_alibi_bias, or this; 0: by none."""
     attention_soft_cap: float | None = None
@@ -155,9 +156,10 @@ class Architecture:
     """Contributions to the stream are multiplied by the metadata's residual_scale, or by this / sqrt(layers)."""
     logit_scale: Literal["multiply", "divide"] | None = None
     """What happens to the logits with the metadata's logit_scale."""
-    logit_scale_default: float = 1.0
-    logit_width: int = 0
-    """Logits are multiplied by this over the embedding's width."""
+    default_logit_scale: float = 1.0
+    """What logits are multiplied by without one."""
+    default_logit_width: int = 0
+    """The same: this over the embedding's width; 0: default_logit_scale."""
 
 
 def describe(architecture: Architecture) -> list[str]:
