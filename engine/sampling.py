@@ -19,29 +19,39 @@ from trichord.sequence import Sequence
 # Enough candidates that the likeliest tokens nearly always hold the mass top_p asks for, without sorting them all.
 _CANDIDATES = 1024
 
+# What a row has in place of a token, so that the host learns of it when it reads the tokens.
+_NOT_FINITE, _TOO_FEW = -1, -2
+
 
 def sample(logits: torch.Tensor, sequences: List[Sequence]) -> list[int]:
     """logits (R, V) float32, changed in place; a row a sequence -> the next token of each.
 
-    Order: bias and penalties, temperature, min_p, top_k, top_p, draw. Raises ModelError for logits that are not
-    finite.
+    Order: bias and penalties, temperature, min_p, top_k, top_p, draw. Everything runs where the logits lie; the host
+    waits for it once, for the tokens. Raises ModelError for logits that are not finite.
     """
-    if not bool(torch.isfinite(logits.amax(-1)).all()):  # an infinite or undefined logit reaches the maximum
-        raise ModelError("The model computed logits that are not finite numbers: its weights may be damaged.")
-    for row, sequence in zip(logits, sequences, strict=True):
-        _penalize(row, sequence)
-    drawing = [index for index, sequence in enumerate(sequences) if sequence.params.temperature > 0]
+    maxima = logits.amax(-1)  # an infinite or undefined logit reaches the maximum
+    _penalize(logits, sequences)
     tokens = logits.argmax(-1)
+    drawing = [index for index, sequence in enumerate(sequences) if sequence.params.temperature > 0]
     if drawing:
-        rows = logits if len(drawing) == len(sequences) else logits[drawing]
-        tokens[drawing] = _draw(rows, [sequences[index] for index in drawing])
-    return tokens.tolist()
+        rows = _tensor(drawing, torch.int64, logits.device)
+        tokens[rows] = _draw(logits[rows], [sequences[index] for index in drawing], _CANDIDATES)
+    drawn = torch.where(torch.isfinite(maxima), tokens, _NOT_FINITE).tolist()
+    if _NOT_FINITE in drawn:
+        raise ModelError("The model computed logits that are not finite numbers: its weights may be damaged.")
+    again = [index for index, token in enumerate(drawn) if token == _TOO_FEW]
+    if again:
+        rows = _tensor(again, torch.int64, logits.device)
+        redrawn = _draw(logits[rows], [sequences[index] for index in again], logits.shape[-1])
+        for index, token in zip(again, redrawn.tolist(), strict=True):
+            drawn[index] = token
+    return drawn
 
 
 def log_likelihoods(logits: torch.Tensor, tokens: List[int]) -> torch.Tensor:
     """logits (R, V) and the token that followed each row -> the log-probability (R,) float32 of each of those."""
     logits = logits.float()
-    chosen = logits.gather(1, torch.tensor(tokens, dtype=torch.int64, device=logits.device)[:, None]).squeeze(1)
+    chosen = logits.gather(1, _tensor(tokens, torch.int64, logits.device)[:, None]).squeeze(1)
     return chosen - logits.logsumexp(-1)
 
 
@@ -53,70 +63,110 @@ def report_logprobs(
     `piece` gives a token's text.
     """
     logprobs = torch.log_softmax(logits.float(), -1)
-    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])
+    chosen = logprobs.gather(1, _tensor(tokens, torch.int64, logits.device)[:, None])
     ranks = (logprobs > chosen).sum(-1) + 1
-    values, ids = logprobs.topk(min(count, logits.shape[-1]), -1)
+    best = logprobs.topk(min(count, logits.shape[-1]), -1)
+    columns = (chosen.squeeze(1), ranks, *best)
     report = []
-    for row, token in enumerate(tokens):
-        entries = {token: Logprob(chosen[row].item(), int(ranks[row]), piece(token))}
-        for rank, (value, other) in enumerate(zip(values[row].tolist(), ids[row].tolist(), strict=True), start=1):
+    for token, own, own_rank, values, ids in zip(tokens, *(column.tolist() for column in columns), strict=True):
+        entries = {token: Logprob(own, own_rank, piece(token))}
+        for rank, (value, other) in enumerate(zip(values, ids, strict=True), start=1):
             entries.setdefault(other, Logprob(value, rank, piece(other)))
         report.append(entries)
     return report
 
 
-def _penalize(row: torch.Tensor, sequence: Sequence) -> None:
+def _penalize(logits: torch.Tensor, sequences: List[Sequence]) -> None:
+    """Adds each row's bias and applies its penalties, in place."""
+    every = [sequence.params for sequence in sequences]
+    biases = [(list((params.logit_bias or {}).keys()), list((params.logit_bias or {}).values())) for params in every]
+    if any(ids for ids, _ in biases):
+        place, values = _entries(biases, logits)
+        logits[place] += values
+    if any(params.repetition_penalty != 1.0 for params in every):
+        repeated = [
+            sorted(set(sequence.tokens)) if params.repetition_penalty != 1.0 else []
+            for sequence, params in zip(sequences, every, strict=True)
+        ]
+        factors = [[params.repetition_penalty] * len(ids) for ids, params in zip(repeated, every, strict=True)]
+        place, factor = _entries(list(zip(repeated, factors, strict=True)), logits)
+        values = logits[place]
+        logits[place] = torch.where(values > 0, values / factor, values * factor)
+    if any(params.presence_penalty or params.frequency_penalty for params in every):
+        place, penalty = _entries([_counted_penalty(sequence) for sequence in sequences], logits)
+        logits[place] -= penalty
+
+
+def _counted_penalty(sequence: Sequence) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens generated so far and what is subtracted from the logit of each."""
     params = sequence.params
-    if params.logit_bias:
-        ids = torch.tensor(list(params.logit_bias), device=row.device)
-        row[ids] += torch.tensor(list(params.logit_bias.values()), dtype=row.dtype, device=row.device)
-    if params.repetition_penalty != 1.0:
-        ids = torch.tensor(sorted(set(sequence.tokens)), device=row.device)
-        values = row[ids]
-        factor = params.repetition_penalty
-        row[ids] = torch.where(values > 0, values / factor, values * factor)
-    if params.presence_penalty or params.frequency_penalty:
-        ids, counts = np.unique(np.asarray(sequence.completion_ids, np.int64), return_counts=True)
-        penalty = params.presence_penalty + params.frequency_penalty * counts
-        row[torch.from_numpy(ids).to(row.device)] -= torch.from_numpy(penalty).to(row.device, row.dtype)
+    if not (params.presence_penalty or params.frequency_penalty):
+        return np.empty(0, np.int64), np.empty(0)
+    ids, counts = np.unique(np.asarray(sequence.completion_ids, np.int64), return_counts=True)
+    return ids, params.presence_penalty + params.frequency_penalty * counts
 
 
-def _draw(logits: torch.Tensor, sequences: List[Sequence]) -> torch.Tensor:
-    def column(name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        values = [getattr(sequence.params, name) for sequence in sequences]
-        return torch.tensor(values, dtype=dtype, device=logits.device)[:, None]
+def _entries(
+    by_row: List[tuple[List[int] | np.ndarray, List[float] | np.ndarray]], logits: torch.Tensor
+) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Token ids and values of each row -> the places of all of them among the logits, and the values."""
+    rows = np.repeat(np.arange(len(by_row)), [len(ids) for ids, _ in by_row])
+    ids, values = (
+        np.concatenate([np.asarray(row[i], kind) for row in by_row]) for i, kind in enumerate((np.int64, np.float64))
+    )
+    place = tuple(_tensor(index, torch.int64, logits.device) for index in (rows, ids))
+    return place, _tensor(values, logits.dtype, logits.device)
 
+
+def _draw(logits: torch.Tensor, sequences: List[Sequence], candidates: int) -> torch.Tensor:
+    """logits (R, V) -> tokens (R,) int64, _TOO_FEW where the `candidates` likeliest do not hold the mass of top_p."""
+    names = ("temperature", "min_p", "top_p", "top_k")
+    numbers = [[*(getattr(s.params, name) for name in names), _uniform(s)] for s in sequences]
+    columns = _tensor(numbers, torch.float64, logits.device)
+    temperature, min_p, top_p = (columns[:, i, None].float() for i in range(3))
+    draws = columns[:, 4, None]
     # The maximum goes first, so that a tiny temperature cannot overflow.
-    scaled = (logits - logits.amax(-1, keepdim=True)) / column("temperature")
-    min_p = column("min_p")
-    if bool((min_p > 0).any()):
+    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
+    every = [sequence.params for sequence in sequences]
+    if any(params.min_p > 0 for params in every):
         scaled = scaled.masked_fill(scaled < min_p.log(), -torch.inf)
     probabilities = torch.softmax(scaled, -1)
-    top_k, top_p = column("top_k", torch.int64), column("top_p")
-    if bool((top_k > 0).any() or (top_p < 1).any()):
-        probabilities = _truncate(probabilities, top_k, top_p)
+    too_few = None
+    if any(params.top_k > 0 or params.top_p < 1 for params in every):
+        vocabulary = logits.shape[-1]
+        # Rows without a top_k need all tokens sorted, unless a few of them hold the mass of top_p.
+        unbounded = min(candidates, vocabulary) if all(params.top_p < 1 for params in every) else vocabulary
+        bound = max(min(params.top_k, vocabulary) if params.top_k > 0 else unbounded for params in every)
+        probabilities, too_few = _truncate(probabilities, columns[:, 3, None].long(), top_p, bound)
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    draws = torch.tensor([[_uniform(sequence)] for sequence in sequences], dtype=torch.float64, device=logits.device)
     tokens = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True).squeeze(-1)
-    return tokens.clamp_(max=logits.shape[-1] - 1)
+    tokens.clamp_(max=logits.shape[-1] - 1)
+    return tokens if too_few is None else torch.where(too_few, _TOO_FEW, tokens)
 
 
-def _truncate(probabilities: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Zeroes all but each row's top_k likeliest of probabilities (R, V), then all but the first top_p of their mass."""
+def _truncate(
+    probabilities: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, candidates: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zeroes all but each row's top_k likeliest of probabilities (R, V), then all but the first top_p of their mass.
+
+    Only the `candidates` likeliest are looked at; the second result (R,) says for which rows that was too few.
+    """
     vocabulary = probabilities.shape[-1]
     top_k = torch.where(top_k > 0, top_k, vocabulary).clamp(max=vocabulary)
-    bounded = int(top_k.max())
-    candidates = min(bounded, _CANDIDATES) if bool((top_p < 1).all()) else bounded
     values, ids = probabilities.topk(candidates, -1)
-    if candidates < bounded and bool((values.sum(-1, keepdim=True) < top_p).any()):
-        values, ids = probabilities.topk(bounded, -1)
+    too_few = (top_k > candidates) & (values.sum(-1, keepdim=True) < top_p) & (candidates < vocabulary)
     rank = torch.arange(values.shape[-1], device=values.device)
     values = values.masked_fill(rank >= top_k, 0.0)
     mass = values.cumsum(-1, dtype=torch.float64)
     # With top_k, the mass that top_p divides is that of the top_k; a token stays if what precedes it falls short.
     total = torch.where(top_k < vocabulary, mass[:, -1:], torch.ones_like(mass[:, -1:]))
     values = values.masked_fill(mass - values >= top_p * total, 0.0)
-    return torch.zeros_like(probabilities).scatter_(-1, ids, values)
+    return torch.zeros_like(probabilities).scatter_(-1, ids, values), too_few.squeeze(-1)
+
+
+def _tensor(values: object, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Numbers on the device, without waiting for what it does."""
+    return torch.as_tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
 def _uniform(sequence: Sequence) -> float:

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trichord.completion_text import CompletionText
 from trichord.errors import ModelError, RequestError
@@ -130,3 +131,53 @@ def test_logprobs_are_the_log_softmax_with_ranks():
 def test_impossible_parameters_are_refused_by_name(params):
     with pytest.raises(RequestError, match=next(iter(params))):
         SamplingParams(**params)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what would make the host wait for the device: numbers read and sizes that depend on values."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.count += function._schema.name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")
+        return function(*arguments, **(keywords or {}))
+
+
+EVERYTHING = {
+    "temperature": 0.7,
+    "top_k": 30,
+    "top_p": 0.9,
+    "min_p": 0.01,
+    "repetition_penalty": 1.3,
+    "presence_penalty": 0.2,
+    "frequency_penalty": 0.1,
+    "logit_bias": {3: 1.0},
+}
+
+
+def test_nothing_waits_for_the_device_before_the_tokens_are_read():
+    rows = torch.randn(3, 2000, generator=torch.Generator().manual_seed(0))
+    sequences = [sequence(temperature=0), sequence(completion=[1, 1, 5], seed=1, **EVERYTHING), sequence(seed=2)]
+    with HostReads() as reads:
+        sample(rows, sequences)
+    assert reads.count == 0
+
+
+def test_a_row_draws_the_same_beside_others():
+    rows = torch.randn(4, 3000, generator=torch.Generator().manual_seed(1))
+    sequences = [
+        sequence(temperature=0, repetition_penalty=1.5),
+        sequence(completion=[4, 4, 9], seed=1, **EVERYTHING),
+        sequence(seed=2, top_p=0.97, temperature=5.0),  # flat: the first candidates hold too little
+        sequence(seed=3, top_p=0.3, logit_bias={7: 30.0}),
+    ]
+    alone = [sample(rows[i : i + 1].clone(), sequences[i : i + 1])[0] for i in range(4)]
+    assert sample(rows.clone(), sequences) == alone
+    assert alone[3] == 7
+
+
+def test_penalties_touch_only_their_own_rows():
+    rows = torch.tensor([[2.0, 1.9]]).repeat(3, 1)
+    sequences = [sequence(temperature=0), sequence(temperature=0, repetition_penalty=2.0), sequence(temperature=0)]
+    assert sample(rows, sequences) == [0, 1, 0]
+    assert rows.tolist() == pytest.approx(np.array([[2.0, 1.9], [1.0, 1.9], [2.0, 1.9]], np.float32))
