@@ -21,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from bench_tools import positive, table
 from kernel_assembly import TARGETS, Launch, disassemble, launches_of, load_widths, main_loop, opcode, pipe_of, usage
@@ -218,7 +219,7 @@ def describe(kernel: str, launch: Launch, target: str, gpu: str | None, bits: fl
     tensor = sorted({opcode(each) for each in loop if pipe_of(opcode(each)) == "tensor" or "mfma" in each[:8]})
     return Record(
         kernel=kernel,
-        format=launch.arguments["FORMAT"].weight_format.name,
+        format=_given(launch)["FORMAT"].weight_format.name,
         target=target,
         gpu=gpu,
         bits_per_weight=round(bits, 4),
@@ -233,12 +234,18 @@ def describe(kernel: str, launch: Launch, target: str, gpu: str | None, bits: fl
     )
 
 
+def _given(launch: Launch) -> dict[str, Any]:
+    """What the kernel was given by keyword, of tuples with an element for each weight the only one."""
+    given = {name: value[0] if isinstance(value, tuple) else value for name, value in launch.arguments.items()}
+    return {"FORMAT": given.get("FORMATS")} | given
+
+
 def _weights_of_loop(launch: Launch, loop: list[str]) -> float:
     """Weights that a thread decodes in one pass of the loop.
 
     The tile says how many there are in the source's loop; how often the compiler unrolled it, the products in it say.
     """
-    given = launch.arguments
+    given = _given(launch)
     threads = launch.compiled.metadata.num_warps * launch.compiled.metadata.target.warp_size
     if "BLOCK_GROUPS" in given:
         weights = given["BLOCK_ROWS"] * given["BLOCK_GROUPS"] * given["FORMAT"].group_size / threads
@@ -282,13 +289,13 @@ def _cycles(launch: Launch, loop: list[str], weights: float, gpu: Gpu) -> dict[s
         "conversion": pipes["conversion"] * _LANES / _QUARTER_OF_HALF,
     }
     if pipes["tensor"]:
-        cycles["tensor"] = weights * _LANES * launch.arguments["BLOCK_TOKENS"] / gpu.tensor
+        cycles["tensor"] = weights * _LANES * _given(launch)["BLOCK_TOKENS"] / gpu.tensor
     return cycles
 
 
 def _gathers(launch: Launch, weights: float, widths: Counter[int]) -> tuple[float, int]:
     """Loads from a codebook in a pass of the loop, and their width in bytes."""
-    format = launch.arguments["FORMAT"]
+    format = _given(launch)["FORMAT"]
     if format.codebook is None:
         return 0, 0
     from gguf import quants
