@@ -52,7 +52,10 @@ class FeedForward:
 
 
 class ExpertNetworks:
-    """Feed-forward networks of which each token takes a few. `suffix` distinguishes their tensors."""
+    """Feed-forward networks of which each token takes a few. `suffix` distinguishes their tensors.
+
+    They may work on a narrower vector, into which the stream is projected before them, and back behind them.
+    """
 
     def __init__(self, source: TensorSource, config: ModelConfig, layer: LayerConfig, suffix: str) -> None:
         self.operations = source.place.operations
@@ -60,6 +63,12 @@ class ExpertNetworks:
         self.weights_first = config.architecture.experts.weights_first
         self.clamp = layer.expert_clamp
         hidden = config.hidden_size
+        self.narrowing = self.widening = None
+        if source.has("ffn_latent_down"):
+            narrow = source.shape("ffn_latent_down")[0]
+            self.narrowing = source.linear("ffn_latent_down", narrow, hidden)
+            self.widening = source.linear("ffn_latent_up", hidden, narrow)
+            hidden = narrow
         self.count, width = source.shape(f"ffn_down{suffix}")[::2]
         self.output = source.linear(f"ffn_down{suffix}", self.count, hidden, width)
         fused = source.has(f"ffn_gate_up{suffix}")
@@ -74,11 +83,14 @@ class ExpertNetworks:
     def forward(self, x: torch.Tensor, step: Step, choice: Choice) -> torch.Tensor:
         """x (T, hidden) -> (T, hidden), through the chosen experts."""
         chosen, weights = choice
+        if self.narrowing:
+            (x,) = project(x, [self.narrowing], step.precision)
         inputs = (x[:, None] * weights[..., None]).contiguous() if self.weights_first else x
         products = project_experts(inputs, self.inputs, chosen, step.precision)
         y = activated(self.operations, products, self.gated_width, self.activation, self.clamp)
         (y,) = project_experts(y, [self.output], chosen, step.precision)
-        return y.sum(1) if self.weights_first else torch.bmm(weights[:, None], y)[:, 0]
+        y = y.sum(1) if self.weights_first else torch.bmm(weights[:, None], y)[:, 0]
+        return project(y, [self.widening], step.precision)[0] if self.widening else y
 
 
 class Experts(ExpertNetworks):

@@ -135,6 +135,21 @@ def test_granite_does_not_turn_where_its_metadata_say_so(tmp_path):
     assert llm.config.layers[0].rotary is None and LLM(path, device="cpu").config.layers[0].rotary is not None
 
 
+def test_experts_behind_a_projection(tmp_path):
+    """Nemotron 3's experts work on a projection of the stream: here on a rotation of it, which they undo."""
+    path, tokens, expected = reference("lfm2moe-moe")
+    rng = np.random.default_rng(0)
+    down, up = (np.linalg.qr(rng.standard_normal((64, 64)))[0].astype(np.float32) for _ in range(2))
+
+    def rotated(fields: Fields, tensors: Tensors) -> None:
+        tensors.update({"blk.1.ffn_latent_down.weight": down, "blk.1.ffn_latent_up.weight": up})
+        for side in ("gate", "up"):
+            tensors[f"blk.1.ffn_{side}_exps.weight"] = tensors[f"blk.1.ffn_{side}_exps.weight"] @ down.T
+        tensors["blk.1.ffn_down_exps.weight"] = up.T @ tensors["blk.1.ffn_down_exps.weight"]
+
+    assert relative_error(logits(rewritten(path, tmp_path / "rotated.gguf", rotated), tokens), expected) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("name", "tensor"),
     [
