@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from trichord.cpu_fallback.cache_8bit import dequantized
 from trichord.cpu_fallback.jit import have_numba
 
 _BLOCK_TOKENS, _BLOCK_KEYS = 128, 1024
@@ -28,45 +29,54 @@ def attention(
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of q (T, H, D) float32 over the paged cache -> (T, H, Dv) float32, contiguous.
 
     key_cache (P, G, page, D), contiguous, and value_cache (P, G, page, Dv), contiguous or a view of adjacent elements
-    of such a cache (a latent's values among its keys), float32 or float16; page a multiple of 16. Sequence s owns the
-    rows query_starts[s]:query_starts[s+1] of q (query_starts (S+1,) int32), the last of its context_lengths[s] (S,)
-    int32 positions; position p lies in page page_tables[s, p // page] (page_tables (S, max_pages) int32). Query head h
-    reads key head h // (H / G). The elements of a head of q must be adjacent. Every precision computes in float32.
+    of such a cache (a latent's values among its keys), float32 or float16; or both int8 and contiguous, with key_scales
+    (P, G, page, ceil(D/32)) and value_scales float16. page: a multiple of 16. Sequence s owns the rows
+    query_starts[s]:query_starts[s+1] of q (query_starts (S+1,) int32), the last of its context_lengths[s] (S,) int32
+    positions; position p lies in page page_tables[s, p // page] (page_tables (S, max_pages) int32). Query head h reads
+    key head h // (H / G). The elements of a head of q must be adjacent. Every precision computes in float32.
 
     A query at position p sees positions up to p (all, unless `causal`), of these with a window W only those after
     p - W, or, `chunked`, those from p // W * W on; pages before all of these are not touched. A score s becomes
     soft_cap * tanh(s / soft_cap) where that is not 0 (Gemma 2), then gains slopes[h] * (key position - p) (slopes
     (H,): ALiBi, Press et al., 2022). sinks (H,) are a further score of each head, without a value, in the softmax's
-    sum (Xiao et al., 2024). Raises ValueError for pages of another size.
+    sum (Xiao et al., 2024). Raises ValueError for pages or caches of another shape.
     """
     if value_cache.shape[2] % 16:
         raise ValueError(f"a page must hold a multiple of 16 positions, not {value_cache.shape[2]}")
+    if value_scales is not None and value_cache.stride(2) != value_cache.shape[3]:
+        raise ValueError("values of 8 bits must have a cache of their own, not lie among the keys")
     output = torch.empty((*q.shape[:2], value_cache.shape[3]), dtype=torch.float32)
     variant = causal, window, chunked, soft_cap, sinks, slopes
     if not have_numba():
-        keys, values = key_cache.numpy(), value_cache.numpy()
+        caches = [
+            [part.numpy() for part in parts if part is not None]
+            for parts in ((key_cache, key_scales), (value_cache, value_scales))
+        ]
         starts, lengths = query_starts.tolist(), context_lengths.tolist()
         for start, stop, length, pages in zip(starts, starts[1:], lengths, page_tables.numpy(), strict=False):
             for first in range(start, stop, _BLOCK_TOKENS):
                 last = min(first + _BLOCK_TOKENS, stop)
                 block = q[first:last].numpy() * np.float32(scale)
-                mean = _attend(block, keys, values, pages, length - stop + first, length, *variant)
+                mean = _attend(block, *caches, pages, length - stop + first, length, *variant)
                 output[first:last] = torch.from_numpy(mean)
         return output
     from trichord.cpu_fallback.attention_kernel import attend
 
-    attend(q, key_cache, value_cache, page_tables, query_starts, context_lengths, output, max_query, scale, *variant)
+    paged = q, key_cache, value_cache, page_tables, query_starts, context_lengths
+    attend(*paged, output, max_query, scale, *variant, key_scales, value_scales)
     return output
 
 
 def _attend(
     q: np.ndarray,
-    keys: np.ndarray,
-    values: np.ndarray,
+    keys: list[np.ndarray],
+    values: list[np.ndarray],
     pages: np.ndarray,
     position: int,
     length: int,
@@ -77,9 +87,12 @@ def _attend(
     sinks: torch.Tensor | None,
     slopes: torch.Tensor | None,
 ) -> np.ndarray:
-    """One sequence's scaled queries (T, H, D), the first at `position`, over blocks of its context: online softmax."""
+    """One sequence's scaled queries (T, H, D), the first at `position`, over blocks of its context: online softmax.
+
+    keys and values are a cache, or one of 8 bits and its scales.
+    """
     tokens, heads, size = q.shape
-    _, kv_heads, page, value_size = values.shape
+    _, kv_heads, page, value_size = values[0].shape
     group = heads // kv_heads
     q = q.reshape(tokens, kv_heads, group, size).swapaxes(0, 1).reshape(kv_heads, -1, size)  # rows (token, head)
     positions = position + np.arange(tokens).repeat(group)[:, None]
@@ -97,13 +110,12 @@ def _attend(
     for start in range(first.min(), last.max() + 1, _BLOCK_KEYS):
         stop = min(start + _BLOCK_KEYS, last.max() + 1)
         inside = slice(start % page, start % page + stop - start)
+        read = pages[start // page : -(-stop // page)]
         key, value = (
-            cache[pages[start // page : -(-stop // page)]]
-            .swapaxes(0, 1)
-            .reshape(kv_heads, -1, cache.shape[3])[:, inside]
+            _floats(*(part[read].swapaxes(0, 1).reshape(kv_heads, -1, part.shape[3])[:, inside] for part in cache))
             for cache in (keys, values)
         )
-        scores = q @ key.astype(np.float32).swapaxes(1, 2)
+        scores = q @ key.swapaxes(1, 2)
         if soft_cap:
             scores = soft_cap * np.tanh(scores / soft_cap)
         block = np.arange(start, stop)
@@ -112,8 +124,12 @@ def _attend(
         scores[:, (block < first) | (block > last)] = -np.inf
         new_largest = np.maximum(largest, scores.max(axis=2, keepdims=True))
         weights, decay = np.exp(scores - new_largest), np.exp(largest - new_largest)
-        sums = sums * decay + weights @ value.astype(np.float32)
+        sums = sums * decay + weights @ value
         total = total * decay + weights.sum(axis=2, keepdims=True)
         largest = new_largest
     means = (sums / total).reshape(kv_heads, tokens, -1, value_size)
     return means.swapaxes(0, 1).reshape(tokens, heads, value_size)
+
+
+def _floats(numbers: np.ndarray, scales: np.ndarray | None = None) -> np.ndarray:
+    return numbers.astype(np.float32) if scales is None else dequantized(numbers, scales)

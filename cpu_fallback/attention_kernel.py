@@ -6,8 +6,8 @@ values are read once for all of them. It walks the pages of the context with a r
 is split among several and their results are combined (flash decoding: Dao et al., 2023). With a window the walk starts
 at the first position that a query of the tile sees.
 
-Keys are transposed on their way out of the cache, so that scores and means are the same product: a few rows of numbers
-times many rows of vectors, whose sums stay in registers.
+As `attention_pages` transposes the keys, scores and means are the same product: a few rows of numbers times many rows
+of vectors, whose sums stay in registers.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import functools
 
 import numpy as np
 import torch
-from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
+from trichord.cpu_fallback.attention_pages import GROUP, load_keys, load_values
 from trichord.cpu_fallback.attention_scores import cap, soften, tilt
 from trichord.cpu_fallback.jit import compile_address, compiled, threads
 from trichord.cpu_fallback.jobs import FIELDS, Job, run
-from trichord.cpu_fallback.native import emitter_for, exp, floats, from_half, halves, integers, pointer
-from trichord.cpu_fallback.vectors import F32, I8, I16, I64, Vector
+from trichord.cpu_fallback.native import emitter_for, exp, floats, integers, pointer
+from trichord.cpu_fallback.vectors import F32, I8, I64, Vector
 
 TILE = 32
 """Rows of a task: its queries, scores and means, and a page of keys and values, together fit the second-level cache."""
@@ -34,8 +34,8 @@ ROWS, COLUMNS = 4, 16
 
 _X = FIELDS.index("x")  # where a job says what its kernel works on
 _ADDRESSES = "q", "key_cache", "value_cache", "page_tables", "query_starts", "context_lengths", "output", "states"
-_OPTIONAL = "sinks", "slopes"
-_GEOMETRY = "max_pages", "tiles", "group", "kv_heads", "size", "value_size", "page", "is_half", "splits", "rows"
+_OPTIONAL = "sinks", "slopes", "key_scales", "value_scales"
+_GEOMETRY = "max_pages", "tiles", "group", "kv_heads", "size", "value_size", "page", "itemsize", "splits", "rows"
 _STRIDES = "token_stride", "head_stride", "value_stride"
 _MASK = "causal", "window", "chunked"
 PROBLEM = np.dtype(
@@ -84,45 +84,6 @@ def _add_products(typing_context, sums, sums_stride, factors, factors_stride, ve
     return types.void(*[types.int64] * 7), emit
 
 
-def _transposed(rows: list[Vector]) -> list[Vector]:
-    """8 vectors of 8 lanes -> the vectors of their first lanes, second lanes, and so on, in three rounds of swaps."""
-    for distance in (1, 2, 4):
-        first = [lane if not lane & distance else lane + 8 - distance for lane in range(8)]
-        second = [lane + distance if not lane & distance else lane + 8 for lane in range(8)]
-        swapped = list(rows)
-        for low in (row for row in range(8) if not row & distance):
-            high = low + distance
-            swapped[low], swapped[high] = rows[low].lanes(first, rows[high]), rows[low].lanes(second, rows[high])
-        rows = swapped
-    return rows
-
-
-def _transpose_block(element: ir.Type):  # type: ignore[no-untyped-def]
-    @intrinsic
-    def transpose(typing_context, target, target_stride, source, source_stride):  # type: ignore[no-untyped-def]
-        """8 x 8 numbers at `source` as float32, transposed, to `target`; addresses, strides in bytes."""
-
-        def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            emitter = emitter_for(context, builder)
-            target, target_stride, source, source_stride = arguments
-            target, source = (builder.inttoptr(a, I8.as_pointer()) for a in (target, source))
-            rows = [
-                emitter.load(emitter.move(source, builder.mul(source_stride, I64(row))), element, 8) for row in range(8)
-            ]
-            if element == I16:
-                rows = [emitter.from_half(row) for row in rows]
-            for column, vector in enumerate(_transposed(rows)):
-                emitter.store(vector, emitter.move(target, builder.mul(target_stride, I64(column))))
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 4), emit
-
-    return transpose
-
-
-_transpose_halves, _transpose_floats = _transpose_block(I16), _transpose_block(F32)
-
-
 @compiled
 def _product(sums, factors, vectors, rows, columns, count):  # type: ignore[no-untyped-def]
     """sums += factors[:, :count] @ vectors[:count], in blocks that cover the first `rows` and `columns` of sums."""
@@ -137,41 +98,6 @@ def _product(sums, factors, vectors, rows, columns, count):  # type: ignore[no-u
                 vectors.strides[0],
                 count,
             )
-
-
-@compiled
-def _load_keys(target, address, is_half, count):  # type: ignore[no-untyped-def]
-    """The first `count` keys of a page, transposed, to target (size, page); a few further ones may come along."""
-    size, page = target.shape
-    width = 2 if is_half else 4
-    for column in range(0, size - 7, 8):
-        for row in range(0, count, 8):
-            place = target.ctypes.data + column * target.strides[0] + row * 4
-            source = address + (row * size + column) * width
-            if is_half:
-                _transpose_halves(place, target.strides[0], source, size * width)
-            else:
-                _transpose_floats(place, target.strides[0], source, size * width)
-    for column in range(size // 8 * 8, size):
-        for row in range(count):
-            if is_half:
-                target[column, row] = from_half(halves(address, page * size)[row * size + column])
-            else:
-                target[column, row] = floats(address, page * size)[row * size + column]
-
-
-@compiled
-def _load_values(target, address, is_half, size, stride, count):  # type: ignore[no-untyped-def]
-    """The first `count` values (size), `stride` numbers apart, to target (count, at least size)."""
-    for row in range(count):
-        if is_half:
-            source = halves(address + row * stride * 2, size)
-            for column in range(size):
-                target[row, column] = from_half(source[column])
-        else:
-            numbers = floats(address + row * stride * 4, size)
-            for column in range(size):
-                target[row, column] = numbers[column]
 
 
 @compiled
@@ -190,7 +116,8 @@ def _attend_tile(problem, task, state):  # type: ignore[no-untyped-def]
     """A task's rows over its pages. Row r of `state` becomes (sums of weighted values ..., maximum, sum of weights)."""
     sequence, kv_head, split, first_row, rows, first_token, first_position, length, first_page, last_page = task
     group, size, value_size, page = problem.group, problem.size, problem.value_size, problem.page
-    is_half, scale = problem.is_half, problem.scale
+    itemsize, scale = problem.itemsize, problem.scale
+    key_scales, value_scales = -(-size // GROUP), -(-value_size // GROUP)  # of a row
     queries = np.zeros((state.shape[0], size), np.float32)
     scores = np.empty((state.shape[0], page), np.float32)
     keys = np.empty((size, page), np.float32)
@@ -209,7 +136,6 @@ def _attend_tile(problem, task, state):  # type: ignore[no-untyped-def]
             state[row, maximum] = max(np.float32(-1e30), floats(problem.sinks + 4 * head, 1)[0])
             state[row, total] = 1.0
     table = integers(problem.page_tables + 4 * sequence * problem.max_pages, problem.max_pages)
-    width = 2 if is_half else 4
     lowest = _seen(problem, first_position + first_row // group, length)[0]
     highest = _seen(problem, first_position + (first_row + rows - 1) // group, length)[1]
     for index in range(first_page, last_page):
@@ -217,8 +143,9 @@ def _attend_tile(problem, task, state):  # type: ignore[no-untyped-def]
         place = (np.int64(table[index]) * problem.kv_heads + kv_head) * page
         least, most = max(0, lowest - start), min(page, highest - start)  # keys of this page that the tile sees
         skipped = least // COLUMNS * COLUMNS
-        key_address = problem.key_cache + (place + skipped) * size * width
-        _load_keys(keys[:, skipped:], key_address, is_half, most - skipped)
+        key_address = problem.key_cache + (place + skipped) * size * itemsize
+        scale_address = problem.key_scales + (place + skipped) * key_scales * 2
+        load_keys(keys[:, skipped:], key_address, scale_address, itemsize, most - skipped)
         scores.fill(0.0)
         _product(scores[:, skipped:], queries, keys[:, skipped:], rows, most - skipped, size)
         for row in range(rows):
@@ -242,8 +169,9 @@ def _attend_tile(problem, task, state):  # type: ignore[no-untyped-def]
                 state[row, maximum] = largest
             state[row, total] += added
         stride = problem.value_stride
-        value_address = problem.value_cache + (place + least) * stride * width
-        _load_values(values, value_address, is_half, value_size, stride, most - least)
+        value_address = problem.value_cache + (place + least) * stride * itemsize
+        scale_address = problem.value_scales + (place + least) * value_scales * 2
+        load_values(values, value_address, scale_address, itemsize, value_size, stride, most - least)
         _product(state, scores[:, least:], values, rows, value_size, most - least)
 
 
@@ -351,6 +279,8 @@ def attend(
     soft_cap: float,
     sinks: torch.Tensor | None,
     slopes: torch.Tensor | None,
+    key_scales: torch.Tensor | None,
+    value_scales: torch.Tensor | None,
 ) -> None:
     """`attention.attention`, to `output`. Contexts are split where there are fewer tasks than two a thread."""
     _, heads, size = q.shape
@@ -367,8 +297,8 @@ def attend(
     states = np.empty(0 if splits == 1 else tasks * splits * rows * columns, np.float32)
     tensors = q, key_cache, value_cache, page_tables, query_starts, context_lengths, output
     addresses = *(tensor.data_ptr() for tensor in tensors), states.ctypes.data
-    optional = (0 if tensor is None else tensor.data_ptr() for tensor in (sinks, slopes))
-    geometry = max_pages, tiles, group, kv_heads, size, value_size, page, key_cache.itemsize == 2, splits, rows
+    optional = (0 if tensor is None else tensor.data_ptr() for tensor in (sinks, slopes, key_scales, value_scales))
+    geometry = max_pages, tiles, group, kv_heads, size, value_size, page, key_cache.itemsize, splits, rows
     strides = q.stride(0), q.stride(1), value_cache.stride(2)
     problems = np.array(
         [(*addresses, *optional, *geometry, *strides, causal, window, chunked, scale, soft_cap)], PROBLEM

@@ -43,6 +43,12 @@ def halves(address, count):  # type: ignore[no-untyped-def]
 
 
 @compiled
+def signed_bytes(address, count):  # type: ignore[no-untyped-def]
+    """The int8 numbers at an address."""
+    return carray(pointer(address), (count,), np.int8)
+
+
+@compiled
 def integers(address, count):  # type: ignore[no-untyped-def]
     """The int32 numbers at an address."""
     return carray(pointer(address), (count,), np.int32)

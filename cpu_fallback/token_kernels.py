@@ -16,7 +16,7 @@ from numba import carray
 
 from trichord.cpu_fallback.jit import Compiled, compile_address, compiled
 from trichord.cpu_fallback.jobs import FIELDS, Job, run
-from trichord.cpu_fallback.native import exp, floats, halves, long_integers, pointer, to_half
+from trichord.cpu_fallback.native import exp, floats, from_half, halves, long_integers, pointer, signed_bytes, to_half
 
 _X = FIELDS.index("x")  # where a job has its record's address
 _WORTH_HELP = 1 << 16
@@ -36,8 +36,8 @@ _NORM = _record(
     epsilon=np.float64,
 )
 _ROTARY = _record(
-    "q q_token q_head k k_token k_head v v_token v_head cos sin key_cache value_cache slots heads kv_heads size "
-    "value_size pairs page is_half interleaved"
+    "q q_token q_head k k_token k_head v v_token v_head cos sin key_cache value_cache key_scales value_scales slots "
+    "heads kv_heads size value_size pairs page itemsize interleaved"
 )
 _ACTIVATION = _record("gate gate_stride up up_stride output width")
 
@@ -251,10 +251,13 @@ def _rotate(source, target, cos, sin, interleaved):  # type: ignore[no-untyped-d
 
 
 @compiled
-def _store(source, cache, row, is_half):  # type: ignore[no-untyped-def]
-    """A head's numbers to the row of a cache."""
+def _store(source, cache, scales, row, itemsize):  # type: ignore[no-untyped-def]
+    """A head's numbers to the row of a cache, and of its scales where numbers have one byte."""
     size = len(source)
-    if is_half:
+    if itemsize == 1:
+        groups = (size + 31) // 32
+        _store_bytes(source, signed_bytes(cache + row * size, size), halves(scales + 2 * row * groups, groups))
+    elif itemsize == 2:
         target = halves(cache + 2 * row * size, size)
         for column in range(size):
             target[column] = to_half(source[column])
@@ -262,6 +265,25 @@ def _store(source, cache, row, is_half):  # type: ignore[no-untyped-def]
         numbers = floats(cache + 4 * row * size, size)
         for column in range(size):
             numbers[column] = source[column]
+
+
+@compiled
+def _store_bytes(source, target, scales):  # type: ignore[no-untyped-def]
+    """Groups of 32 as multiples of a scale: the largest magnitude over 127, NaN where one is."""
+    size, most = len(source), np.float32(127.0)
+    for group in range(len(scales)):
+        first, last = 32 * group, min(32 * group + 32, size)
+        largest = np.uint32(0)  # bits are in the order of magnitudes, NaN above all
+        for column in range(first, last):
+            bits = np.float32(source[column]).view(np.uint32) & np.uint32(0x7FFFFFFF)
+            largest = bits if bits > largest else largest
+        scales[group] = to_half(np.uint32(largest).view(np.float32) / most)
+        scale = from_half(scales[group])
+        inverse = np.float32(1.0) / scale if scale > 0 else np.float32(0.0)
+        for column in range(first, last):
+            number = np.rint(source[column] * inverse)
+            number = number if number < most else most  # of a scale that was rounded to too little, or of NaN
+            target[column] = np.int8(number if number > -most else -most)
 
 
 @compiled
@@ -282,10 +304,10 @@ def _rotate_and_store(record, first, last):  # type: ignore[no-untyped-def]
             for column in range(2 * pairs, size):
                 key[column] = source[column]
             _rotate(source, key, cos, sin, problem.interleaved)
-            _store(key, problem.key_cache, row, problem.is_half)
+            _store(key, problem.key_cache, problem.key_scales, row, problem.itemsize)
             if problem.v:
-                value = problem.v + 4 * (token * problem.v_token + head * problem.v_head)
-                _store(floats(value, problem.value_size), problem.value_cache, row, problem.is_half)
+                value = floats(problem.v + 4 * (token * problem.v_token + head * problem.v_head), problem.value_size)
+                _store(value, problem.value_cache, problem.value_scales, row, problem.itemsize)
 
 
 rotate_and_store = Kernel(_rotate_and_store, _ROTARY)

@@ -16,11 +16,12 @@ from typing import TypeAlias
 import torch
 
 PAGE_SIZE = 64
+_SCALE_GROUP = 32  # elements of 8 bits that share a float16 scale, in `Operations.rotary_and_cache`
 
 
 @dataclass(frozen=True)
 class KeyValueSpec:
-    """A layer's keys and values at every position: widths of its heads."""
+    """A layer's keys and values at every position: widths of its heads. torch.int8 stands for 8 bits with scales."""
 
     kv_heads: int
     key_size: int
@@ -28,7 +29,9 @@ class KeyValueSpec:
 
     def page_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of one page of this layer."""
-        return PAGE_SIZE * self.kv_heads * (self.key_size + self.value_size) * dtype.itemsize
+        numbers = (self.key_size + self.value_size) * dtype.itemsize
+        scales = (_groups(self.key_size) + _groups(self.value_size)) * torch.float16.itemsize
+        return PAGE_SIZE * self.kv_heads * (numbers + scales if dtype == torch.int8 else numbers)
 
     @property
     def slot_bytes(self) -> int:
@@ -37,23 +40,30 @@ class KeyValueSpec:
 
     def allocate(self, pages: int, slots: int, dtype: torch.dtype, device: torch.device) -> KeyValueCache:
         """Zeroed, because masked positions are multiplied by zero and must not be NaN."""
-        keys, values = (
-            torch.zeros(pages, self.kv_heads, PAGE_SIZE, size, dtype=dtype, device=device)
-            for size in (self.key_size, self.value_size)
-        )
-        return KeyValueCache(keys, values)
+
+        def zeros(width: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(pages, self.kv_heads, PAGE_SIZE, width, dtype=dtype, device=device)
+
+        cache = KeyValueCache(zeros(self.key_size, dtype), zeros(self.value_size, dtype))
+        if dtype != torch.int8:
+            return cache
+        scales = (zeros(_groups(size), torch.float16) for size in (self.key_size, self.value_size))
+        return KeyValueCache(cache.keys, cache.values, *scales)
 
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """A latent at every position, from which all heads' keys and values follow, and a part of all keys that turns."""
+    """A latent at every position, from which all heads' keys and values follow, and a part of all keys that turns.
+
+    It is small, and all depends on it: in a cache of 8 bits it keeps 16.
+    """
 
     latent_size: int
     turning_size: int
 
     def page_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of one page of this layer."""
-        return PAGE_SIZE * (self.turning_size + self.latent_size) * dtype.itemsize
+        return PAGE_SIZE * (self.turning_size + self.latent_size) * _of_latents(dtype).itemsize
 
     @property
     def slot_bytes(self) -> int:
@@ -63,16 +73,18 @@ class LatentSpec:
     def allocate(self, pages: int, slots: int, dtype: torch.dtype, device: torch.device) -> KeyValueCache:
         """One head of keys, the turning part before the latent; its values are a view of the latents."""
         size = self.turning_size + self.latent_size
-        keys = torch.zeros(pages, 1, PAGE_SIZE, size, dtype=dtype, device=device)
+        keys = torch.zeros(pages, 1, PAGE_SIZE, size, dtype=_of_latents(dtype), device=device)
         return KeyValueCache(keys, keys[..., self.turning_size :])
 
 
 @dataclass(frozen=True)
 class KeyValueCache:
-    """One layer's pages: keys (P, G, PAGE_SIZE, D) and values (P, G, PAGE_SIZE, Dv)."""
+    """One layer's pages: keys (P, G, PAGE_SIZE, D) and values (P, G, PAGE_SIZE, Dv); of 8 bits, with their scales."""
 
     keys: torch.Tensor
     values: torch.Tensor
+    key_scales: torch.Tensor | None = None
+    value_scales: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +117,14 @@ class StateCache:
         """Zeroes these slots (int64)."""
         for state in self.states:
             state.index_fill_(0, slots, 0.0)
+
+
+def _groups(size: int) -> int:
+    return -(-size // _SCALE_GROUP)
+
+
+def _of_latents(dtype: torch.dtype) -> torch.dtype:
+    return torch.float16 if dtype == torch.int8 else dtype
 
 
 Cache: TypeAlias = KeyValueCache | StateCache

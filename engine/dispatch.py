@@ -107,12 +107,19 @@ class Operations(Protocol):
         value_cache: torch.Tensor | None,
         slots: torch.Tensor,
         interleaved: bool,
+        *,
+        key_scales: torch.Tensor | None = None,
+        value_scales: torch.Tensor | None = None,
     ) -> None:
         """Rotates q (T, H, D) in place; writes the rotated k (T, G, D) and v (T, G, Dv) at `slots` (T,) int64.
 
         cos, sin (T, R/2) rotate the first R <= D elements (R may be 0): pairs (2i, 2i+1) when interleaved, else
         (i, i + R/2). Caches are (P, G, page, D) in float32 or float16; slot = page index * page + offset. Without v
         only the keys are written.
+
+        A cache of 8 bits has int8 numbers and scales (P, G, page, ceil(D/32)) float16: an element is its number times
+        the scale of its group of 32 (the last one of a row may be shorter). A group's scale is its largest magnitude
+        over 127, and numbers are rounded to nearest, up to 127. A NaN or an infinity spoils its group only.
         """
 
     def attention(
@@ -133,13 +140,16 @@ class Operations(Protocol):
         soft_cap: float = 0.0,
         sinks: torch.Tensor | None = None,
         slopes: torch.Tensor | None = None,
+        key_scales: torch.Tensor | None = None,
+        value_scales: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of q (T, H, D) over the paged cache -> (T, H, Dv).
 
         Sequence s owns the query rows query_starts[s]:query_starts[s+1] (query_starts (S+1,) int32), which are the
         last of its context_lengths[s] (S,) int32 positions; position p lies in page page_tables[s, p // page]
         (page_tables (S, max_pages) int32). max_query is the longest query. Query head h reads key head h // (H / G).
-        value_cache may be a view of the key cache's last or first elements: a latent that is both.
+        value_cache may be a view of the key cache's last or first elements: a latent that is both. Caches of 8 bits
+        come with their scales (see `rotary_and_cache`), and values then have a cache of their own.
 
         A query at position p sees positions up to p (all of its sequence's unless `causal`), of these with a window W
         only those after p - W, or, `chunked`, those from p // W * W on. A score s = scale * q.k becomes

@@ -37,7 +37,7 @@ Prompt: TypeAlias = str | List[int]
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "tales.gguf"
 
-_KV_DTYPES = {"f32": torch.float32, "f16": torch.float16}
+_KV_DTYPES = {"f32": torch.float32, "f16": torch.float16, "q8": torch.int8}
 
 
 class LLM:
@@ -46,8 +46,9 @@ class LLM:
     path: the file, any part of a split one, "owner/repo" or "owner/repo:Q4_K_M" to fetch it from huggingface.co, or
     None for the demo model. device: "auto", "cpu", "cuda" or "cuda:N".
     precision: "exact" (float32 throughout), "default" or "fast". context_length: None is the model's own. gpu_layers:
-    how many layers, counted from the last, go to the GPU; None is all. kv_dtype: "f32" or "f16"; None is float32 for
-    "exact", else float16. threads: CPU threads; None follows the machine. max_batch_tokens and max_sequences bound a
+    how many layers, counted from the last, go to the GPU; None is all. kv_dtype: "f32", "f16" or "q8" (8 bits, and a
+    scale for each 32 elements: 53% of float16's bytes; latents keep 16 bits); None is float32 for "exact", else
+    float16. threads: CPU threads; None follows the machine. max_batch_tokens and max_sequences bound a
     step; cache_bytes bounds the key-value cache (None: what a full step of sequences can use, within the memory free).
     lora: adapter files, each by itself or with its strength.
     progress: whether to show bars on standard error; None is where that is a terminal.

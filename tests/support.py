@@ -23,3 +23,21 @@ def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
     """Frobenius norm of the difference over that of the expected values, in float64."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+
+
+def eight_bits(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The 8-bit cache of (..., D): its numbers, and its scales, one for 32 elements or what is left of a row."""
+    numbers = np.empty(x.shape, np.int8)
+    scales = np.empty((*x.shape[:-1], -(-x.shape[-1] // 32)), np.float16)
+    for group in range(scales.shape[-1]):
+        part = x[..., 32 * group : 32 * group + 32].astype(np.float64)
+        scales[..., group] = abs(part).max(axis=-1) / 127
+        scale = scales[..., group, None].astype(np.float64)
+        quotients = np.divide(part, scale, out=np.zeros_like(part), where=scale > 0)
+        numbers[..., 32 * group : 32 * group + 32] = quotients.round().clip(-127, 127)
+    return numbers, scales
+
+
+def from_eight_bits(numbers: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """What the 8-bit cache holds, in float64."""
+    return numbers * np.repeat(scales.astype(np.float64), 32, axis=-1)[..., : numbers.shape[-1]]

@@ -31,6 +31,8 @@ def attention_kernel(
     q,
     key_cache,
     value_cache,
+    key_scales,
+    value_scales,
     page_tables,
     query_starts,
     context_lengths,
@@ -131,19 +133,24 @@ def attention_kernel(
         whole = (first_position + 1 if CAUSAL else length) // BLOCK_KEYS * BLOCK_KEYS
     keys = key_cache + kv_head * (PAGE * HEAD_SIZE)
     values = value_cache + kv_head * (PAGE * VALUE_STRIDE)
+    head_key_scales = key_scales
+    head_value_scales = value_scales
+    if key_scales is not None:
+        head_key_scales = key_scales + kv_head * (PAGE * ((HEAD_SIZE + 31) // 32))
+        head_value_scales = value_scales + kv_head * (PAGE * ((VALUE_SIZE + 31) // 32))
     page_rows = kv_heads * PAGE
     page_table = page_tables + sequence.to(tl.int64) * max_pages
     for start in range(begin, whole, BLOCK_KEYS):
         largest, total, mean = step(
             start, queries, factors, query_positions, row_slopes, soft_cap * LOG2_E, largest, total, mean,
-            keys, values, page_table, page_rows, lowest, length,
+            keys, values, head_key_scales, head_value_scales, page_table, page_rows, lowest, length,
             HEAD_SIZE, VALUE_SIZE, VALUE_STRIDE, FIRST, BLOCK_HEAD, BLOCK_REST, BLOCK_VALUE, PAGE, BLOCK_KEYS,
             EXACT, LATENT, CAUSAL, WINDOW, CHUNKED, CAPPED, SLOPED, MASKED=False,
         )  # fmt: skip
     for start in range(whole, end, BLOCK_KEYS):
         largest, total, mean = step(
             start, queries, factors, query_positions, row_slopes, soft_cap * LOG2_E, largest, total, mean,
-            keys, values, page_table, page_rows, lowest, length,
+            keys, values, head_key_scales, head_value_scales, page_table, page_rows, lowest, length,
             HEAD_SIZE, VALUE_SIZE, VALUE_STRIDE, FIRST, BLOCK_HEAD, BLOCK_REST, BLOCK_VALUE, PAGE, BLOCK_KEYS,
             EXACT, LATENT, CAUSAL, WINDOW, CHUNKED, CAPPED, SLOPED, MASKED=True,
         )  # fmt: skip
@@ -259,11 +266,14 @@ def attention(
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of q (T, H, D) float32 over the paged cache -> (T, H, Dv) float32, contiguous.
 
     key_cache (P, G, page, D), contiguous, and value_cache (P, G, page, Dv), contiguous or a view of adjacent elements
-    of such a cache (a latent's values among its keys), float32 or float16; page a power of two of at least 16.
+    of such a cache (a latent's values among its keys), float32 or float16; or both int8 and contiguous, with key_scales
+    (P, G, page, ceil(D/32)) and value_scales float16. page: a power of two of at least 16.
     Sequence s owns the rows query_starts[s]:query_starts[s+1] of q (query_starts (S+1,) int32), the last of its
     context_lengths[s] (S,) int32 positions; position p lies in page page_tables[s, p // page] (page_tables
     (S, max_pages) int32). max_query is the longest query. Query head h reads key head h // (H / G). The elements of
@@ -280,6 +290,8 @@ def attention(
     if page < 16 or page & (page - 1):
         raise ValueError(f"a page must hold a power of two of at least 16 positions, not {page}")
     value_stride = value_cache.stride(2)
+    if value_scales is not None and value_stride != value_size:
+        raise ValueError("values of 8 bits must have a cache of their own, not lie among the keys")
     sequences, max_pages = page_tables.shape
     group = heads // kv_heads
     exact = precision == "exact"
@@ -293,7 +305,8 @@ def attention(
 
     def launch(single: bool) -> None:
         widest = max(_padded(head_size), block_value)
-        tile = _tile(widest, widest * key_cache.itemsize, group, single, precision)
+        itemsize = 4 if key_scales is not None else key_cache.itemsize  # widened 8 bits take registers beside the rest
+        tile = _tile(widest, widest * itemsize, group, single, precision)
         tile["BLOCK_KEYS"] = min(tile["BLOCK_KEYS"], page)
         tiles = triton.cdiv(group * (1 if single else max_query), tile["BLOCK_ROWS"])
         splits = 1
@@ -310,6 +323,8 @@ def attention(
             q,
             key_cache,
             value_cache,
+            key_scales,
+            value_scales,
             page_tables,
             query_starts,
             context_lengths,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from trichord.triton_kernels.cache_8bit import dequantized
 from trichord.triton_kernels.primitives import half_dot
 
 
@@ -33,6 +34,23 @@ def load_rows(rows, inside, FIRST: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.
         return tl.load(addresses, mask=(columns < COUNT)[None, :], other=0.0)
     else:
         return tl.load(addresses)
+
+
+@triton.jit
+def _load_cached(
+    rows,
+    scales,
+    inside,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EXACT: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """`load_rows` of a cache, times their scales where these are not None."""
+    return dequantized(
+        load_rows(rows, inside, FIRST, COUNT, BLOCK, MASKED), scales, inside, FIRST, COUNT, EXACT, MASKED
+    )
 
 
 @triton.jit
@@ -72,6 +90,8 @@ def step(
     mean,
     keys,
     values,
+    key_scales,
+    value_scales,
     page_table,
     page_rows,
     lowest,
@@ -100,12 +120,18 @@ def step(
     at a time. Else they are two pieces of the rows: BLOCK_HEAD elements from FIRST on, and, where BLOCK_REST is not 0,
     the rest of the head, which lies before or behind these. LATENT: the first piece of a key is its value.
     Scores times `factors` are exponents of 2, in which soft_cap and slopes are; CAPPED: the factors are over soft_cap.
+    key_scales and value_scales are those of caches of 8 bits, else None.
     """
     offsets = tl.arange(0, BLOCK_KEYS)
     positions = start + offsets
     page = tl.load(page_table + start // PAGE).to(tl.int64)
     rows = page * page_rows + start % PAGE + offsets
     key_rows = keys + rows * HEAD_SIZE
+    key_scale_rows = key_scales
+    value_scale_rows = value_scales
+    if key_scales is not None:
+        key_scale_rows = key_scales + rows * ((HEAD_SIZE + 31) // 32)
+        value_scale_rows = value_scales + rows * ((VALUE_SIZE + 31) // 32)
     inside = positions < length
     if WINDOW > 0:
         inside &= positions >= lowest
@@ -117,13 +143,17 @@ def step(
             query = tl.load(queries[0][:, None] + columns[None, :], mask=mask, other=0.0)
             mask = inside[:, None] & (columns < HEAD_SIZE)[None, :]
             key = tl.load(key_rows[:, None] + columns[None, :], mask=mask, other=0.0)
+            key = dequantized(key, key_scale_rows, inside, column, HEAD_SIZE - column, EXACT, True)
             scores = _dot(query, tl.trans(key), scores, EXACT)
     else:
-        key = load_rows(key_rows, inside, FIRST, min(HEAD_SIZE, BLOCK_HEAD), BLOCK_HEAD, MASKED)
+        key = _load_cached(
+            key_rows, key_scale_rows, inside, FIRST, min(HEAD_SIZE, BLOCK_HEAD), BLOCK_HEAD, EXACT, MASKED
+        )
         scores = _dot(queries[0], tl.trans(key), scores, EXACT)
         if BLOCK_REST > 0:
-            rest = load_rows(
-                key_rows, inside, 0 if FIRST > 0 else BLOCK_HEAD, HEAD_SIZE - BLOCK_HEAD, BLOCK_REST, MASKED
+            before: tl.constexpr = 0 if FIRST > 0 else BLOCK_HEAD
+            rest = _load_cached(
+                key_rows, key_scale_rows, inside, before, HEAD_SIZE - BLOCK_HEAD, BLOCK_REST, EXACT, MASKED
             )
             scores = _dot(queries[1], tl.trans(rest), scores, EXACT)
     if CAPPED or SLOPED:
@@ -143,6 +173,11 @@ def step(
     new_largest = tl.maximum(largest, tl.max(scores, axis=1) * factors)
     weights = tl.exp2(scores * factors[:, None] - new_largest[:, None])
     decay = tl.exp2(largest - new_largest)
-    value = key if LATENT else load_rows(values + rows * VALUE_STRIDE, inside, 0, VALUE_SIZE, BLOCK_VALUE, MASKED)
+    if LATENT:
+        value = key
+    else:
+        value = _load_cached(
+            values + rows * VALUE_STRIDE, value_scale_rows, inside, 0, VALUE_SIZE, BLOCK_VALUE, EXACT, MASKED
+        )
     mean = _dot(weights, value, mean * decay[:, None], EXACT)
     return new_largest, total * decay + tl.sum(weights, axis=1), mean

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from trichord.triton_kernels.cache_8bit import store_8bit
+
 BLOCK_HEADS = 8
 
 
@@ -18,6 +20,24 @@ def _rotated(x, cos, sin, left, right, mask):
 
 
 @triton.jit
+def _rotated_columns(row, cos, sin, columns, mask, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """A tile (rows, columns) of whole heads, turned: each element by its own angle and from the other of its pair."""
+    if INTERLEAVED:
+        pairs = columns // 2
+        is_right = columns % 2 == 1
+        others = columns ^ 1
+    else:
+        is_right = columns >= PAIRS
+        pairs = tl.where(is_right, columns - PAIRS, columns)
+        others = tl.where(is_right, columns - PAIRS, columns + PAIRS)
+    turning = columns < 2 * PAIRS
+    c = tl.load(cos + pairs, mask=turning, other=1.0)
+    s = tl.load(sin + pairs, mask=turning, other=0.0)
+    other = tl.load(row + others, mask=mask & turning, other=0.0)
+    return tl.load(row + columns, mask=mask, other=0.0) * c + other * tl.where(is_right, s, -s)
+
+
+@triton.jit
 def rotary_and_cache_kernel(
     q,
     k,
@@ -26,6 +46,8 @@ def rotary_and_cache_kernel(
     sin,
     key_cache,
     value_cache,
+    key_scales,
+    value_scales,
     slots,
     query_heads,
     kv_heads,
@@ -43,6 +65,7 @@ def rotary_and_cache_kernel(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
     BLOCK_REST: tl.constexpr,
+    BLOCK_KEY: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
 ):
     """One program a token and BLOCK_HEADS heads: first the tiles of query heads, then those of key-value heads."""
@@ -67,21 +90,33 @@ def rotary_and_cache_kernel(
         slot = tl.load(slots + token)
         position = (slot // PAGE * kv_heads + heads) * PAGE + slot % PAGE
         row = k + token * k_token_stride + heads * k_head_stride
-        key = key_cache + position * HEAD_SIZE
-        mask = (heads < kv_heads) & (pairs < PAIRS)
-        a, b = _rotated(row, c, s, left, right, mask)
-        tl.store(key + left, a.to(key_cache.dtype.element_ty), mask=mask)
-        tl.store(key + right, b.to(key_cache.dtype.element_ty), mask=mask)
-        if HEAD_SIZE > 2 * PAIRS:
-            rest = 2 * PAIRS + tl.arange(0, BLOCK_REST)[None, :]
-            inside = (heads < kv_heads) & (rest < HEAD_SIZE)
-            tl.store(key + rest, tl.load(row + rest, mask=inside).to(key_cache.dtype.element_ty), mask=inside)
+        if key_scales is None:
+            key = key_cache + position * HEAD_SIZE
+            mask = (heads < kv_heads) & (pairs < PAIRS)
+            a, b = _rotated(row, c, s, left, right, mask)
+            tl.store(key + left, a.to(key_cache.dtype.element_ty), mask=mask)
+            tl.store(key + right, b.to(key_cache.dtype.element_ty), mask=mask)
+            if HEAD_SIZE > 2 * PAIRS:
+                rest = 2 * PAIRS + tl.arange(0, BLOCK_REST)[None, :]
+                inside = (heads < kv_heads) & (rest < HEAD_SIZE)
+                tl.store(key + rest, tl.load(row + rest, mask=inside).to(key_cache.dtype.element_ty), mask=inside)
+        else:  # groups that share a scale may have elements of both halves and of the rest
+            columns = tl.arange(0, BLOCK_KEY)[None, :]
+            inside = (heads < kv_heads) & (columns < HEAD_SIZE)
+            first = token * PAIRS
+            turned = _rotated_columns(row, cos + first, sin + first, columns, inside, PAIRS, INTERLEAVED)
+            store_8bit(turned, key_cache, key_scales, position, heads < kv_heads, HEAD_SIZE)
         if VALUE_SIZE > 0:
             columns = tl.arange(0, BLOCK_VALUE)[None, :]
             present = (heads < kv_heads) & (columns < VALUE_SIZE)
-            value = tl.load(v + token * v_token_stride + heads * v_head_stride + columns, mask=present)
-            place = value_cache + position * VALUE_SIZE + columns
-            tl.store(place, value.to(value_cache.dtype.element_ty), mask=present)
+            addresses = v + token * v_token_stride + heads * v_head_stride + columns
+            if key_scales is None:
+                value = tl.load(addresses, mask=present)
+                place = value_cache + position * VALUE_SIZE + columns
+                tl.store(place, value.to(value_cache.dtype.element_ty), mask=present)
+            else:
+                value = tl.load(addresses, mask=present, other=0.0)
+                store_8bit(value, value_cache, value_scales, position, heads < kv_heads, VALUE_SIZE)
 
 
 def rotary_and_cache(
@@ -94,13 +129,17 @@ def rotary_and_cache(
     value_cache: torch.Tensor | None,
     slots: torch.Tensor,
     interleaved: bool,
+    *,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
 ) -> None:
     """Rotates q (T, H, D) in place; writes the rotated k (T, G, D) and v (T, G, Dv) at `slots` (T,) int64.
 
     cos, sin (T, R/2), contiguous, rotate the first R <= D elements: pairs (2i, 2i+1) when interleaved (Su et al.,
     2021), else (i, i + R/2) (GPT-NeoX); the rest passes through, with R = 0 all. Caches are (P, G, page, D) and
-    (P, G, page, Dv), contiguous, float32 or float16; slot = page index * page + offset. Without v only the keys are
-    written. q, k and v may be slices of one product: only the elements of a head must be adjacent.
+    (P, G, page, Dv), contiguous, float32, float16, or int8: then with key_scales (P, G, page, ceil(D/32)) and
+    value_scales, contiguous, float16. slot = page index * page + offset. Without v only the keys are written. q, k and
+    v may be slices of one product: only the elements of a head must be adjacent.
     """
     tokens, query_heads, head_size = q.shape
     kv_heads, pairs = k.shape[1], cos.shape[1]
@@ -116,6 +155,8 @@ def rotary_and_cache(
         sin,
         key_cache,
         value_cache,
+        key_scales,
+        value_scales,
         slots,
         query_heads,
         kv_heads,
@@ -130,6 +171,7 @@ def rotary_and_cache(
         BLOCK_HEADS=BLOCK_HEADS,
         BLOCK_PAIRS=triton.next_power_of_2(max(pairs, 1)),
         BLOCK_REST=triton.next_power_of_2(max(head_size - 2 * pairs, 1)),
+        BLOCK_KEY=triton.next_power_of_2(head_size),
         BLOCK_VALUE=triton.next_power_of_2(max(value_size, 1)),
         enable_fp_fusion=True,
     )

@@ -76,7 +76,19 @@ class Attention:
         q, k = (norm.of_rows(y) if norm else y for y, norm in zip((q, k), self.head_norms, strict=True))
         if self.temperature:
             q = q * step.growth(self.temperature)
-        self.operations.rotary_and_cache(q, k, v, cos, sin, cache.keys, cache.values, batch.slots, interleaved)
+        self.operations.rotary_and_cache(
+            q,
+            k,
+            v,
+            cos,
+            sin,
+            cache.keys,
+            cache.values,
+            batch.slots,
+            interleaved,
+            key_scales=cache.key_scales,
+            value_scales=cache.value_scales,
+        )
         mixed = self.operations.attention(
             q,
             cache.keys,
@@ -93,6 +105,8 @@ class Attention:
             soft_cap=config.attention_soft_cap,
             sinks=self.sinks,
             slopes=self.slopes,
+            key_scales=cache.key_scales,
+            value_scales=cache.value_scales,
         ).view(len(x), -1)
         if gate is not None:
             mixed.view(len(x), gate.shape[1], -1).mul_(gate.sigmoid_()[..., None])

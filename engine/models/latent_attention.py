@@ -81,7 +81,19 @@ class LatentAttention:
         cos, sin = step.angles(self.layer.rotary)
         interleaved = self.config.architecture.rotary == "interleaved"
         values = None if v is None else cache.values
-        self.operations.rotary_and_cache(q, k, v, cos, sin, cache.keys, values, batch.slots, interleaved)
+        self.operations.rotary_and_cache(
+            q,
+            k,
+            v,
+            cos,
+            sin,
+            cache.keys,
+            values,
+            batch.slots,
+            interleaved,
+            key_scales=cache.key_scales,
+            value_scales=cache.value_scales,
+        )
         mixed = self.operations.attention(
             q,
             cache.keys,
@@ -92,6 +104,8 @@ class LatentAttention:
             batch.max_query,
             self.scale,
             step.precision,
+            key_scales=cache.key_scales,
+            value_scales=cache.value_scales,
         )
         if self.absorbed:
             (mixed,) = project_experts(mixed, [self.value], experts, step.precision)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 import torch
-from support import relative_error
+from support import eight_bits, from_eight_bits, relative_error
 
 from trichord.dispatch import Operations, operations
 
@@ -129,6 +129,13 @@ CASES += [
     replace(LATENT, variant={"window": 50, "sinks": True}),
     Case(MIXED, 4, 2, 64, 64, 16, HALF, None, ALL_AT_ONCE),
 ]
+BITS_8 = torch.int8
+CASES += [
+    Case(MIXED, 4, 2, 128, 128, 16, BITS_8),
+    Case(((1, 130), (1, 2), (1, 15)), 7, 1, 80, 40, 64, BITS_8),
+    Case(((1, 33), (18, 40)), 2, 2, 37, 20, 16, BITS_8),
+    Case(((3, 20), (0, 7), (1, 33)), 4, 2, 192, 256, 16, BITS_8, None, ALL_AT_ONCE),
+]
 
 
 def attention_inputs(case: Case, backend: Backend):
@@ -148,6 +155,8 @@ def attention_inputs(case: Case, backend: Backend):
         pages, order = order[:count], order[count:]
         key = generator.standard_normal((context, case.kv_heads, case.size)).astype(np.float16)
         value = generator.standard_normal((context, case.kv_heads, case.value_size)).astype(np.float16)
+        if case.dtype == BITS_8:  # what 8 bits can hold
+            key, value = (from_eight_bits(*eight_bits(x)) for x in (key, value))
         if case.latent is not None:
             value = key[..., case.latent : case.latent + case.value_size]
         seen = np.flatnonzero(case.visible(tokens, context).any(axis=0)) if tokens else np.arange(0)
@@ -157,8 +166,9 @@ def attention_inputs(case: Case, backend: Backend):
         contexts.append((key.astype(np.float64), value.astype(np.float64)))
     fused = generator.standard_normal((starts[-1], case.heads * case.size + 8)).astype(np.float32)
     q = fused[:, : case.heads * case.size].reshape(-1, case.heads, case.size)
-    key_cache = on(backend, keys).to(case.dtype)
-    value_cache = on(backend, values).to(case.dtype)
+    stored = torch.float32 if case.dtype == BITS_8 else case.dtype  # 8 bits by `attend`
+    key_cache = on(backend, keys).to(stored)
+    value_cache = on(backend, values).to(stored)
     if case.latent is not None:
         value_cache = key_cache[..., case.latent : case.latent + case.value_size]
     arguments = (
@@ -200,6 +210,11 @@ def attend(backend: Backend, case: Case, arguments: tuple, precision: str) -> to
         name: on(backend, value.astype(np.float32)) if isinstance(value, np.ndarray) else value
         for name, value in case.keywords().items()
     }
+    if case.dtype == BITS_8:
+        q, *caches, tables, starts, lengths, max_query, scale = arguments
+        (keys, key_scales), (values, value_scales) = (eight_bits(cache.cpu().numpy()) for cache in caches)
+        arguments = q, on(backend, keys), on(backend, values), tables, starts, lengths, max_query, scale
+        keywords |= {"key_scales": on(backend, key_scales), "value_scales": on(backend, value_scales)}
     return backend.operations.attention(*arguments, precision, **keywords)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from support import relative_error
+from support import eight_bits, relative_error
 
 from trichord.dispatch import Operations, operations
 
@@ -229,13 +229,13 @@ def test_rotary_by_hand(backend, interleaved, pairs):
 
 @both
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
 @pytest.mark.parametrize(
     "heads, kv_heads, size, value_size, rotated, page",
     [(9, 3, 40, 24, 40, 16), (8, 8, 80, 80, 32, 64), (1, 1, 6, 8, 2, 16), (3, 3, 20, 20, 0, 16), (9, 1, 24, 0, 8, 16)],
 )
 def test_rotary_and_cache(backend, interleaved, dtype, heads, kv_heads, size, value_size, rotated, page):
-    """The q, k and v of one product; no v where its size is 0."""
+    """The q, k and v of one product; no v where its size is 0. A cache of 8 bits holds them as `eight_bits` does."""
     tokens, pages = 5, 4
     widths = np.cumsum([0, heads * size, kv_heads * size, kv_heads * value_size])
     fused = normal(tokens, widths[-1])
@@ -249,9 +249,16 @@ def test_rotary_and_cache(backend, interleaved, dtype, heads, kv_heads, size, va
     keys = torch.full((pages, kv_heads, page, size), -77.0, dtype=dtype, device=backend.device)
     values = torch.full((pages, kv_heads, page, value_size), -77.0, dtype=dtype, device=backend.device)
     cos, sin = on(backend, np.cos(angles)), on(backend, np.sin(angles))
+    scales = [
+        torch.full((pages, kv_heads, page, -(-width // 32)), 0.5, dtype=torch.float16, device=backend.device)
+        for width in (size, value_size)
+    ]
+    key_scales, value_scales = scales if dtype == torch.int8 else (None, None)
     v_and_cache = (v, values) if value_size else (None, None)
     backend.operations.rotary_and_cache(
-        q, k, v_and_cache[0], cos, sin, keys, v_and_cache[1], on(backend, slots), interleaved
+        *(q, k, v_and_cache[0], cos, sin, keys, v_and_cache[1], on(backend, slots), interleaved),
+        key_scales=key_scales,
+        value_scales=value_scales,
     )
 
     def turned(x: np.ndarray) -> np.ndarray:
@@ -267,12 +274,19 @@ def test_rotary_and_cache(backend, interleaved, dtype, heads, kv_heads, size, va
         for part, count in zip(np.split(fused, widths[1:-1], axis=1), (heads, kv_heads, kv_heads), strict=True)
     )
     np.testing.assert_allclose(q.cpu(), turned(head_q), atol=2e-6)
-    tolerance = 2e-6 if dtype == torch.float32 else 2e-3
-    expected_keys, expected_values = np.full(keys.shape, -77.0), np.full(values.shape, -77.0)
-    expected_keys[slots // page, :, slots % page] = turned(head_k)
-    expected_values[slots // page, :, slots % page] = head_v
-    np.testing.assert_allclose(keys.cpu().double(), expected_keys, atol=tolerance)
-    np.testing.assert_allclose(values.cpu().double(), expected_values, atol=tolerance)
+    written = slots // page, slice(None), slots % page
+    for cache, scale, rows in ((keys, scales[0], turned(head_k)), (values, scales[1], head_v)):
+        untouched = np.ones(cache.shape, bool)
+        untouched[written] = False
+        assert (cache.cpu().numpy()[untouched] == -77).all()
+        actual = cache.cpu().numpy()[written]
+        if dtype == torch.int8 and rows.size:
+            numbers, expected_scales = eight_bits(rows)
+            np.testing.assert_allclose(scale.cpu().numpy()[written], expected_scales, rtol=1e-3)
+            assert abs(actual.astype(np.int64) - numbers).max() <= 1
+            assert (actual != numbers).mean() < 0.02
+        else:
+            np.testing.assert_allclose(actual, rows, atol=2e-6 if dtype == torch.float32 else 2e-3)
     np.testing.assert_array_equal(v.cpu(), head_v)
 
 
