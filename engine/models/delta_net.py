@@ -20,12 +20,12 @@ class DeltaNet:
     """
 
     def __init__(self, source: TensorSource, config: ModelConfig, groups: int, heads: int, size: int) -> None:
-        if heads % groups:
-            raise source.fail(f"{heads} heads cannot share {groups} keys")
+        if not size or not groups or heads % groups:
+            raise source.fail(f"{heads} heads of {size} cannot share {groups} keys")
         self.operations = source.place.operations
         self.groups, self.heads, self.size = groups, heads, size
         self.key_width, self.value_width = groups * size, heads * size
-        self.norm = Norm.of_heads(source, "ssm_norm", heads, size, config)
+        self.norm = Norm.of(source, ("ssm_norm",), config, size=size)
         self.rates = source.vector("ssm_a", heads, 1)
         # Queries and keys become unit vectors, queries divided by the root of their size as well: an RMS norm, times
         # one over the root.

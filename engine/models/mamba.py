@@ -26,6 +26,8 @@ class Mamba:
         inner, states = space.inner_size, space.state_size
         self.by_head = not source.has_shape("ssm_a", inner, states)
         self.heads, rates = (space.heads, 1) if self.by_head else (inner, states)
+        if not inner or inner % self.heads:
+            raise source.fail(f"{self.heads} heads cannot share {inner} channels of the state")
         rank, taps = source.shape("ssm_dt")[-1], source.shape("ssm_conv1d")[-1]
         self.input = source.linear("ssm_in", 2 * inner, config.hidden_size)
         self.kernel = source.vector("ssm_conv1d.weight", inner, taps)
@@ -71,7 +73,7 @@ class Mamba2:
         self.operations = source.place.operations
         space = config.state_space
         inner, states, heads, groups = space.inner_size, space.state_size, space.heads, space.groups
-        if inner % heads or heads % groups:
+        if not inner or inner % heads or heads % groups:
             raise source.fail(f"{heads} heads in {groups} groups cannot share {inner} channels of the state")
         self.heads, self.groups = heads, groups
         channels, taps = inner + 2 * groups * states, source.shape("ssm_conv1d")[-1]

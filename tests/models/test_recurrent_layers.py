@@ -158,6 +158,7 @@ def test_experts_behind_a_projection(tmp_path):
         ("nemotron_h-dense", "blk.0.attn_output.weight"),
         ("mamba2-dense", "blk.1.ssm_d"),
         ("kimi-linear-moe", "blk.1.ssm_g_b.weight"),
+        ("qwen35-dense", "blk.0.ssm_norm.weight"),
     ],
 )
 def test_a_missing_tensor_is_named(name, tensor, tmp_path):
@@ -167,11 +168,20 @@ def test_a_missing_tensor_is_named(name, tensor, tmp_path):
         LLM(path, device="cpu")
 
 
-def test_heads_that_cannot_share_keys(tmp_path):
-    path = parity("archs/mamba2-dense.gguf")
-
-    def uneven(fields: Fields, tensors: Tensors) -> None:
-        fields["ssm.group_count"] = 3
-
-    with pytest.raises(ModelError, match="2 heads in 3 groups"):
-        LLM(rewritten(path, tmp_path / "uneven.gguf", uneven), device="cpu")
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("mamba2-dense", {"ssm.group_count": 3}, "2 heads in 3 groups cannot share 128"),
+        ("mamba2-dense", {"ssm.inner_size": 0}, "cannot share 0 channels"),
+        ("mamba-dense", {"ssm.inner_size": 0}, "cannot share 0 channels"),
+        ("plamo2-dense", {"ssm.time_step_rank": 3}, "3 heads cannot share 128 channels"),
+        ("qwen35-dense", {"ssm.group_count": 3}, "2 heads of 128 cannot share 3 keys"),
+        ("qwen35-dense", {"ssm.state_size": 0}, "2 heads of 0"),
+        ("qwen35-dense", {"ssm.inner_size": 512}, "do not make an inner size of 512"),
+        ("deepseek2-moe", {"rope.dimension_count": 32}, "leaves 64 elements of keys to turn"),
+    ],
+)
+def test_sizes_that_do_not_add_up(name, changes, message, tmp_path):
+    path = rewritten(parity(f"archs/{name}.gguf"), tmp_path / "odd.gguf", lambda fields, _: fields.update(changes))
+    with pytest.raises(ModelError, match=message):
+        LLM(path, device="cpu")
