@@ -15,6 +15,7 @@ import torch
 
 from trichord.batch import Batch
 from trichord.cache import PagePool
+from trichord.decode_graph import Capture, DecodeGraphs, Scratch
 from trichord.device import memory_errors
 from trichord.dispatch import Precision
 from trichord.models.decoder import Decoder
@@ -27,8 +28,8 @@ from trichord.sequence import Sequence
 class Engine:
     """Runs sequences to their ends.
 
-    `pages` cache pages of `kv_dtype` are allocated for every layer where the layer lies. `piece` gives a token's text,
-    for log-probability reports.
+    `pages` cache pages of `kv_dtype` are allocated for every layer where the layer lies; a sequence has `max_pages` at
+    most. `piece` gives a token's text, for log-probability reports. `capture` makes graphs of steps that only decode.
     """
 
     def __init__(
@@ -40,7 +41,9 @@ class Engine:
         pages: int,
         max_batch_tokens: int,
         max_sequences: int,
+        max_pages: int,
         piece: Callable[[int], str],
+        capture: Capture | None = None,
     ) -> None:
         self.model = model
         causal = model.config.architecture.causal
@@ -50,11 +53,19 @@ class Engine:
         )
         self._piece = piece
         self._lock = threading.Lock()
+        spare = 0 if capture is None else 1  # for the idle rows of a graph
         with memory_errors("allocating the key-value cache"):
             self.caches = [
-                [spec.allocate(pages, max_sequences, kv_dtype, layer.place.device) for spec in layer.caches]
+                [
+                    spec.allocate(pages + spare, max_sequences + spare, kv_dtype, layer.place.device)
+                    for spec in layer.caches
+                ]
                 for layer in model.layers
             ]
+        self._graphs: DecodeGraphs | None = None
+        if capture is not None:
+            scratch = Scratch(pages, max_sequences)
+            self._graphs = DecodeGraphs(model, self.caches, precision, max_pages, scratch, capture)
 
     def run(self, sequences: List[Sequence]) -> Iterator[None]:
         """Adds the sequences and yields after every step until all have finished.
@@ -96,19 +107,29 @@ class Engine:
 
     def _compute(self, chunks: list[Chunk]) -> None:
         with memory_errors("computing a step"):
-            hidden = self.model.forward(Batch.of(chunks), self.caches, self.precision)
-            parts = list(torch.split(hidden, [chunk.logit_rows for chunk in chunks]))
-            predicting = [i for i, chunk in enumerate(chunks) if chunk.sequence.prompt_report != "hidden"]
-            if predicting:
-                states = hidden if len(predicting) == len(parts) else torch.cat([parts[i] for i in predicting])
-                logits = self.model.logits(states, self.precision)
-                for i, part in zip(predicting, logits.split([len(parts[i]) for i in predicting]), strict=True):
-                    parts[i] = part
+            parts = self._results(chunks)
         reports = [self._prompt_report(chunk, part) for chunk, part in zip(chunks, parts, strict=True)]
         drawn = self._draw([(c.sequence, part[-1]) for c, part in zip(chunks, parts, strict=True) if c.draws])
         # Nothing has changed until here, so that a step that was interrupted or failed can be taken again.
         for chunk, report in zip(chunks, reports, strict=True):
             self._commit(chunk, report, drawn.get(chunk.sequence))
+
+    def _results(self, chunks: list[Chunk]) -> list[torch.Tensor]:
+        """What each chunk's `logit_rows` give: their logits, or the hidden states where these are to be reported."""
+        batch = Batch.of(chunks)
+        if self._graphs and all(chunk.draws and not chunk.sequence.owes_prompt_results for chunk in chunks):
+            logits = self._graphs.logits(batch)
+            if logits is not None:
+                return list(logits.split(1))
+        hidden = self.model.forward(batch, self.caches, self.precision)
+        parts = list(torch.split(hidden, [chunk.logit_rows for chunk in chunks]))
+        predicting = [i for i, chunk in enumerate(chunks) if chunk.sequence.prompt_report != "hidden"]
+        if predicting:
+            states = hidden if len(predicting) == len(parts) else torch.cat([parts[i] for i in predicting])
+            logits = self.model.logits(states, self.precision)
+            for i, part in zip(predicting, logits.split([len(parts[i]) for i in predicting]), strict=True):
+                parts[i] = part
+        return parts
 
     def _prompt_report(self, chunk: Chunk, logits: torch.Tensor) -> list[Any]:
         sequence = chunk.sequence

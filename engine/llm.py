@@ -17,6 +17,7 @@ import torch
 from trichord.cache import PAGE_SIZE, pages_for
 from trichord.chat_template import ChatTemplate, encode_rendered
 from trichord.completion_text import CompletionText
+from trichord.decode_graph import capture_for
 from trichord.device import CPU, Place, resolve
 from trichord.dispatch import PRECISIONS, Precision, set_threads
 from trichord.embedding import Pooling, file_pooling, pool
@@ -50,7 +51,8 @@ class LLM:
     scale for each 32 elements: 53% of float16's bytes; latents keep 16 bits); None is float32 for "exact", else
     float16. threads: CPU threads; None follows the machine. max_batch_tokens and max_sequences bound a
     step; cache_bytes bounds the key-value cache (None: what a full step of sequences can use, within the memory free).
-    lora: adapter files, each by itself or with its strength.
+    lora: adapter files, each by itself or with its strength. graphs: whether steps that only decode run as CUDA graphs,
+    where the whole model lies on one GPU.
     progress: whether to show bars on standard error; None is where that is a terminal.
 
     Raises GGUFError, ModelError, DeviceError or RequestError. May be used from several threads.
@@ -70,6 +72,7 @@ class LLM:
         max_sequences: int = 64,
         cache_bytes: int | None = None,
         lora: str | os.PathLike[str] | List[str | os.PathLike[str] | tuple[str | os.PathLike[str], float]] = (),
+        graphs: bool = True,
         progress: bool | None = None,
     ) -> None:
         started = time.perf_counter()
@@ -100,7 +103,9 @@ class LLM:
             pages=pages,
             max_batch_tokens=max_batch_tokens,
             max_sequences=sequences,
+            max_pages=pages_for(self.context_length),
             piece=self.tokenizer.piece if self.tokenizer else str,
+            capture=capture_for(self.model) if graphs else None,
         )
         self.load_seconds = time.perf_counter() - started
 

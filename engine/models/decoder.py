@@ -46,6 +46,8 @@ class Decoder:
     ) -> None:
         self.config = config
         self.outer = outer
+        self.place = outer if set(places) == {outer} else None
+        """Where the whole model lies; None where it is spread over devices."""
         self.weight_bytes = 0
 
         def arrived(nbytes: int) -> None:
@@ -96,11 +98,7 @@ class Decoder:
         with torch.cuda.device_of(outer.batch.token_ids):
             residual = self._embed(outer.batch)
         embedded = residual.clone() if self.config.architecture.embedding_skip else None
-        if len(batch.new_slots) and self.has_states:
-            for layer, layer_caches in zip(self.layers, caches, strict=True):
-                for cache in layer_caches:
-                    if isinstance(cache, StateCache):
-                        cache.clear(batch.new_slots.to(layer.place.device))
+        self.clear_states(batch.new_slots, caches)
 
         def through(residual: torch.Tensor, layers: range) -> Stream:
             delta = None
@@ -123,6 +121,15 @@ class Decoder:
         delta = None if delta is None else delta[rows]
         with torch.cuda.device_of(residual):
             return enter(self.output_norm, residual[rows], delta)
+
+    def clear_states(self, slots: torch.Tensor, caches: Sequence[Sequence[Cache]]) -> None:
+        """Zeroes the recurrent states in these slots (int64)."""
+        if not (len(slots) and self.has_states):
+            return
+        for layer, layer_caches in zip(self.layers, caches, strict=True):
+            for cache in layer_caches:
+                if isinstance(cache, StateCache):
+                    cache.clear(slots.to(layer.place.device))
 
     def logits(self, hidden: torch.Tensor, precision: Precision) -> torch.Tensor:
         """hidden (R, hidden) -> (R, vocabulary) float32."""
