@@ -1,6 +1,12 @@
-"""Products with few rows of activations: the weights stream past once, and the time is that of reading them."""
+"""Products with few rows of activations: the weights stream past once, and the time is that of reading them.
+
+Weights that meet the same activations share a launch, whatever their formats: it has the programs of all of them, and
+each program knows by its number which weight it works on.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -8,8 +14,8 @@ import triton.language as tl
 
 from trichord.triton_kernels.activations import Activations
 from trichord.triton_kernels.experts import Pairs
-from trichord.triton_kernels.formats import FORMATS
-from trichord.triton_kernels.launch import launches
+from trichord.triton_kernels.formats import FORMATS, Format
+from trichord.triton_kernels.launch import GemvTile, launches
 from trichord.triton_kernels.primitives import dot4
 from trichord.weight_format import Weight
 
@@ -52,9 +58,11 @@ def _float_products(planes, x, row, group, token, columns, FORMAT: tl.constexpr)
 
 
 @triton.jit
-def gemv_kernel(
+def _tile_of_product(
+    tile,
     planes,
-    activations,
+    x,
+    limbs,
     y,
     experts,
     rows,
@@ -67,14 +75,9 @@ def gemv_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
 ):
-    """y (tokens, rows) = x times the transposed weight, BLOCK_ROWS rows of the weight a program.
-
-    `activations` are the limbs, scales and sums of x for an integer format, x itself for a float format. Indices past
-    the end read the last element instead, and what they give is dropped. With SHARING, y (pairs, rows) is a row of x
-    times the matrix of its expert for each of `experts` (pairs,): SHARING adjacent pairs share the row, tokens is 1.
-    """
+    """What a program of `gemv_kernel` computes: rows tile * BLOCK_ROWS and following of one weight."""
     groups = tl.cdiv(columns, FORMAT.group_size)
-    index = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    index = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row = tl.minimum(index, rows - 1).to(tl.int64)
     token = tl.minimum(tl.arange(0, TOKENS), tokens - 1)
     if SHARING:
@@ -87,42 +90,100 @@ def gemv_kernel(
         group = start + tl.arange(0, BLOCK_GROUPS)
         inside = tl.minimum(group, groups - 1)
         if FORMAT.integer:
-            products = _integer_products(planes, activations, row, inside, token, columns, FORMAT, LIMBS)
+            products = _integer_products(planes, limbs, row, inside, token, columns, FORMAT, LIMBS)
         else:
-            products = _float_products(planes, activations[0], row, inside, token, columns, FORMAT)
+            products = _float_products(planes, x, row, inside, token, columns, FORMAT)
         accumulator += tl.where((group < groups)[None, None, :], products, 0.0)
     token = tl.arange(0, TOKENS)[:, None]
     target = y + token.to(tl.int64) * rows + index[None, :]
     tl.store(target, tl.sum(accumulator, axis=2), mask=(token < tokens) & (index < rows)[None, :])
 
 
-def gemv(activations: Activations, weight: Weight, limbs: int, pairs: Pairs | None = None) -> torch.Tensor:
-    """At most FEW_ROWS rows of x (T, K) times the transposed weight (N, K) -> (T, N) float32.
+@triton.jit
+def gemv_kernel(
+    planes,
+    x,
+    limbs,
+    y,
+    experts,
+    rows,
+    columns,
+    tokens,
+    FORMATS: tl.constexpr,
+    LIMBS: tl.constexpr,
+    SHARING: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+):
+    """y (tokens, rows) = x times the transposed weight, for each weight: BLOCK_ROWS of its rows a program.
+
+    planes, y, rows, FORMATS, BLOCK_ROWS and BLOCK_GROUPS are tuples with an element for each weight. Integer formats
+    read `limbs`: the limbs, scales and sums of x. Indices past the end read the last element instead, and what they
+    give is dropped. With SHARING, y (pairs, rows) is a row of x times the matrix of its expert for each of `experts`
+    (pairs,): SHARING adjacent pairs share the row, tokens is 1.
+    """
+    tile = tl.program_id(0)
+    for i in tl.static_range(len(FORMATS)):
+        tiles = tl.cdiv(rows[i], BLOCK_ROWS[i])
+        if len(FORMATS) == 1 or ((tile >= 0) & (tile < tiles)):
+            _tile_of_product(
+                tile, planes[i], x, limbs, y[i], experts, rows[i], columns, tokens,
+                FORMATS[i], LIMBS, SHARING, TOKENS, BLOCK_ROWS[i], BLOCK_GROUPS[i],
+            )  # fmt: skip
+        tile -= tiles
+
+
+class _Formats(tuple[Format, ...]):
+    """Formats as one constexpr argument, which Triton's cache knows by all that a kernel reads of them."""
+
+    @property
+    def cache_key(self) -> str:
+        return " ".join(format.cache_key for format in self)
+
+
+def gemv(
+    activations: Activations, weights: Sequence[Weight], limbs: int, pairs: Pairs | None = None
+) -> list[torch.Tensor]:
+    """At most FEW_ROWS rows of x (T, K) times each transposed weight (N, K) -> [(T, N) float32].
 
     With `pairs`, each of them is a row of x times the matrix of its expert in a weight (X, N, K) -> (pairs, N). An
     integer format multiplies by `limbs` limbs of activations (see `activations.limb_kernel`), a float format by x.
+    Weights whose tiles take as many warps share a launch.
     """
-    format, rows, columns = FORMATS[weight.format], weight.out_features, activations.columns
     tokens, products = (activations.tokens, 1) if pairs is None else (1, pairs.count)
-    y = activations.x.new_empty((tokens * products, rows))
-    padded = triton.next_power_of_2(tokens)
-    tile = launches().gemv_tile(padded, format.groups(columns), rows, weight.format.name)
-    gemv_kernel[(triton.cdiv(rows, tile.rows), products)](
-        format.arguments(weight.data, weight.rows, columns),
-        activations.limbs(limbs) if format.integer else (activations.x,),
-        y,
-        None if pairs is None else pairs.experts,
-        rows,
-        columns,
-        tokens,
-        FORMAT=format,
-        LIMBS=limbs,
-        SHARING=0 if pairs is None else pairs.sharing,
-        TOKENS=padded,
-        BLOCK_ROWS=tile.rows,
-        BLOCK_GROUPS=tile.groups,
-        num_warps=tile.warps,
-        num_stages=1,
-        enable_fp_fusion=True,
-    )
-    return y
+    results = [activations.x.new_empty((tokens * products, weight.out_features)) for weight in weights]
+    together: dict[int, list[tuple[Weight, torch.Tensor, GemvTile]]] = {}
+    for weight, y in zip(weights, results, strict=True):
+        groups = FORMATS[weight.format].groups(activations.columns)
+        padded = triton.next_power_of_2(tokens)
+        tile = launches().gemv_tile(padded, groups, weight.out_features, weight.format.name)
+        together.setdefault(tile.warps, []).append((weight, y, tile))
+    for warps, parts in together.items():
+        members, targets, tiles = zip(*parts, strict=True)
+        formats = _Formats(FORMATS[weight.format] for weight in members)
+        rows = tuple(weight.out_features for weight in members)
+        programs = sum(triton.cdiv(count, tile.rows) for count, tile in zip(rows, tiles, strict=True))
+        gemv_kernel[(programs, products)](
+            tuple(
+                format.arguments(weight.data, weight.rows, activations.columns)
+                for format, weight in zip(formats, members, strict=True)
+            ),
+            activations.x,
+            activations.limbs(limbs) if any(format.integer for format in formats) else None,
+            targets,
+            None if pairs is None else pairs.experts,
+            rows,
+            activations.columns,
+            tokens,
+            FORMATS=formats,
+            LIMBS=limbs,
+            SHARING=0 if pairs is None else pairs.sharing,
+            TOKENS=triton.next_power_of_2(tokens),
+            BLOCK_ROWS=tuple(tile.rows for tile in tiles),
+            BLOCK_GROUPS=tuple(tile.groups for tile in tiles),
+            num_warps=warps,
+            num_stages=1,
+            enable_fp_fusion=True,
+        )
+    return results

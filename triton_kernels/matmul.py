@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import Literal
 
 import torch
@@ -34,7 +35,7 @@ def matmul(
     for weight in weights:
         _check(x, weight, 2)
     activations = Activations(x)
-    return [_product(activations, weight, precision) for weight in weights]
+    return _products(activations, weights, precision)
 
 
 def expert_matmul(
@@ -55,8 +56,7 @@ def expert_matmul(
         raise ValueError(f"activations of shape {tuple(x.shape)} do not fit experts of shape {tuple(experts.shape)}")
     activations = Activations(x.flatten(0, -2))
     pairs = Pairs(experts, weights[0].shape[0], experts.shape[1] if x.ndim == 2 else 1)
-    products = [_product(activations, weight, precision, pairs) for weight in weights]
-    return [y.unflatten(0, experts.shape) for y in products]
+    return [y.unflatten(0, experts.shape) for y in _products(activations, weights, precision, pairs)]
 
 
 def _check(x: torch.Tensor, weight: Weight, dimensions: int) -> None:
@@ -68,11 +68,16 @@ def _check(x: torch.Tensor, weight: Weight, dimensions: int) -> None:
         raise ValueError(f"no kernel multiplies by weights in {weight.format.name}")
 
 
-def _product(activations: Activations, weight: Weight, precision: str, pairs: Pairs | None = None) -> torch.Tensor:
-    format, exact = FORMATS[weight.format], precision == "exact"
+def _products(
+    activations: Activations, weights: Sequence[Weight], precision: str, pairs: Pairs | None = None
+) -> list[torch.Tensor]:
     results, few = (activations.tokens, activations.tokens <= FEW_ROWS) if pairs is None else (pairs.count, pairs.few)
     if results == 0:
-        return activations.x.new_empty((0, weight.out_features))
-    if few and not (exact and format.integer):
-        return gemv(activations, weight, _LIMBS.get(precision, 0), pairs)
-    return gemm(activations, weight, exact or format.wide, pairs)
+        return [activations.x.new_empty((0, weight.out_features)) for weight in weights]
+    exact = precision == "exact"
+    streamed = [few and not (exact and FORMATS[weight.format].integer) for weight in weights]
+    few_rows = gemv(activations, list(compress(weights, streamed)), _LIMBS.get(precision, 0), pairs)
+    return [
+        few_rows.pop(0) if by_gemv else gemm(activations, weight, exact or FORMATS[weight.format].wide, pairs)
+        for weight, by_gemv in zip(weights, streamed, strict=True)
+    ]
