@@ -33,6 +33,7 @@ from trichord.progress import progress_bar
 from trichord.sampling_params import SamplingParams
 from trichord.sequence import Sequence
 from trichord.tokenizers import Tokenizer
+from trichord.upload import finish_uploads
 
 Prompt: TypeAlias = str | List[int]
 
@@ -94,6 +95,7 @@ class LLM:
         size = sum(tensor.nbytes for tensor in self.file.tensors.values())
         with progress_bar("Loading", size, "bytes", progress) as advance:
             self.model = Decoder(self.file, self.config, places, outer, advance, self._adapters(lora))
+        finish_uploads()
         dtype = _kv_dtype(kv_dtype, precision)
         pages, sequences = self._capacity(dtype, max_sequences, cache_bytes)
         self._engine = Engine(

@@ -10,6 +10,7 @@ import torch
 from trichord.device import CPU, Place, memory_errors, resolve
 from trichord.errors import GGUFError, ModelError, RequestError
 from trichord.gguf_file import GGUFFile
+from trichord.upload import upload
 from trichord.weight_format import Weight, WeightFormat
 
 _WARNED: set[WeightFormat] = set()
@@ -59,7 +60,7 @@ def load_weight(
     if format not in place.operations.FUSED_FORMATS:
         blocks, format = _dequantized(blocks, format, shape), WeightFormat.F32
     with memory_errors(f"loading {name}"):
-        data = place.operations.pack(torch.from_numpy(blocks).to(place.device), format, shape[-1])
+        data = place.operations.pack(upload(blocks, place.device), format, shape[-1])
     return Weight(data, format, shape, place.layout, _scale(file, name, shape, place))
 
 
@@ -69,7 +70,7 @@ def load_vector(file: GGUFFile, name: str, device: str | torch.device | Place = 
     blocks = file.blocks(name)
     assert info is not None  # blocks() has refused a missing tensor
     values = _values(blocks, info.format, info.shape)
-    return torch.from_numpy(np.array(values, np.float32)).to(resolve(device).device)
+    return torch.from_numpy(np.array(values, np.float32)).to(resolve(device).device, non_blocking=True)
 
 
 def _cut_columns(
