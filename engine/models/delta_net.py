@@ -19,6 +19,9 @@ class DeltaNet:
     learns, and gates the result.
     """
 
+    KERNELS: tuple[str, ...]
+    """The tensors of the convolution, which together cover queries, keys and values."""
+
     def __init__(self, source: TensorSource, config: ModelConfig, groups: int, heads: int, size: int) -> None:
         if not size or not groups or heads % groups:
             raise source.fail(f"{heads} heads of {size} cannot share {groups} keys")
@@ -27,6 +30,10 @@ class DeltaNet:
         self.key_width, self.value_width = groups * size, heads * size
         self.norm = Norm.of(source, ("ssm_norm",), config, size=size)
         self.rates = source.vector("ssm_a", heads, 1)
+        channels, taps = 2 * self.key_width + self.value_width, source.shape(self.KERNELS[0])[-1]
+        parts = [source.vector(f"{name}.weight", channels // len(self.KERNELS), taps) for name in self.KERNELS]
+        self.kernel = torch.cat(parts)
+        self.cache = StateSpec(((channels, taps - 1), (heads, size, size)))
         # Queries and keys become unit vectors, queries divided by the root of their size as well: an RMS norm, times
         # one over the root.
         gain = torch.full((2 * groups, size), size**-0.5, device=source.place.device)
@@ -58,23 +65,18 @@ class DeltaNet:
         y = self.operations.delta_scan(q, k, v, decay, learning.sigmoid(), states, *sequences, tiled=tiled)
         return self.norm.of_rows(y)
 
-    def _convolution(self, *kernels: torch.Tensor) -> None:
-        """Takes the kernels of the convolution, which together cover queries, keys and values, and states the cache."""
-        self.kernel = torch.cat(kernels)
-        channels, taps = self.kernel.shape
-        self.cache = StateSpec(((channels, taps - 1), (self.heads, self.size, self.size)))
-
 
 class GatedDeltaNet(DeltaNet):
     """The form of Qwen3-Next and Qwen3.5: every head forgets as a whole; several share a query and a key."""
+
+    KERNELS = ("ssm_conv1d",)
 
     def __init__(self, source: TensorSource, config: ModelConfig, layer: LayerConfig) -> None:
         space = config.state_space
         super().__init__(source, config, space.groups, space.heads, space.state_size)
         if space.inner_size != self.value_width:
             raise source.fail(f"{self.heads} heads of {self.size} do not make an inner size of {space.inner_size}")
-        hidden, heads, mixed = config.hidden_size, self.heads, 2 * self.key_width + self.value_width
-        self._convolution(source.vector("ssm_conv1d.weight", mixed, source.shape("ssm_conv1d")[-1]))
+        hidden, heads, mixed = config.hidden_size, self.heads, len(self.kernel)
         # One matrix may hold what a key's heads need, key after key.
         self.joint = not source.has("attn_qkv")
         self.joint_strengths = source.has("ssm_ba")
@@ -111,13 +113,13 @@ class GatedDeltaNet(DeltaNet):
 class KimiDeltaNet(DeltaNet):
     """Kimi Delta Attention (2510.26692): every row of a head's memory forgets at its own rate."""
 
+    KERNELS = ("ssm_conv1d_q", "ssm_conv1d_k", "ssm_conv1d_v")
+
     def __init__(self, source: TensorSource, config: ModelConfig, layer: LayerConfig) -> None:
         hidden, size = config.hidden_size, source.shape("ssm_norm")[-1]
         heads = source.shape("attn_q")[0] // size
         super().__init__(source, config, heads, heads, size)
         width, rank = heads * size, source.shape("ssm_f_a")[0]
-        taps = source.shape("ssm_conv1d_q")[-1]
-        self._convolution(*(source.vector(f"ssm_conv1d_{name}.weight", width, taps) for name in "qkv"))
         self.inputs = [source.linear(f"attn_{name}", width, hidden) for name in "qkv"]
         self.inputs.append(source.linear("ssm_beta", heads, hidden))
         self.inputs += [source.linear(name, rank, hidden) for name in ("ssm_f_a", "ssm_g_a")]

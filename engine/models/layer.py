@@ -26,7 +26,6 @@ class DecoderLayer:
     def __init__(self, source: TensorSource, config: ModelConfig, layer: LayerConfig) -> None:
         architecture = config.architecture
         self.place = source.place
-        # Where a layer is a single block, it may be a feed-forward network.
         alone = architecture.single_blocks
         has_network = (layer.feed_forward and not alone) or source.has("ffn_up") or source.has("ffn_gate_inp")
         self.mixers = [] if alone and has_network else mixers(source, config, layer)
@@ -61,7 +60,7 @@ class DecoderLayer:
         self, residual: torch.Tensor, delta: torch.Tensor | None, step: Step, caches: Sequence[Cache]
     ) -> torch.Tensor | None:
         """Adds `delta`, and all but this layer's last contribution, to the residual (T, hidden); returns that one."""
-        mixed, x = delta, residual
+        x, mixed = residual, delta
         if self.mixers:
             x = self._enter(self.attention_norm, residual, delta)
         choice = self.experts.best_of(self.experts.score(residual, step)) if self.experts and self.early else None
