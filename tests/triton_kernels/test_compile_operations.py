@@ -30,6 +30,9 @@ def attention(
     tables = torch.zeros((1, 4), dtype=torch.int32)
     starts, lengths = torch.zeros(2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     paged = q, keys, keys[..., -values:] if values else keys.clone(), tables, starts, lengths
+    if dtype == torch.int8:
+        scales = torch.zeros((*keys.shape[:3], -(-size // 32)), dtype=torch.float16)
+        variant |= {"key_scales": scales, "value_scales": scales.clone()}
 
     def call() -> None:
         for max_query in (TOKENS, 1):
@@ -38,13 +41,16 @@ def attention(
     return call
 
 
-def rotary(interleaved: bool, with_values: bool = True) -> Callable[[], object]:
+def rotary(interleaved: bool, with_values: bool = True, dtype: torch.dtype = torch.float16) -> Callable[[], object]:
     """Partly rotated heads, slices of one product."""
     q, k, v = torch.zeros((TOKENS, HEADS + 2 * KV_HEADS, 80)).split([HEADS, KV_HEADS, KV_HEADS], dim=1)
-    angles, cache = torch.zeros((TOKENS, 16)), torch.zeros((4, KV_HEADS, PAGE, 80), dtype=torch.float16)
+    angles, cache = torch.zeros((TOKENS, 16)), torch.zeros((4, KV_HEADS, PAGE, 80), dtype=dtype)
     slots = torch.zeros(TOKENS, dtype=torch.int64)
     v, values = (v, cache) if with_values else (None, None)
-    return lambda: triton_kernels.rotary_and_cache(q, k, v, angles, angles, cache, values, slots, interleaved)
+    scales = torch.zeros((4, KV_HEADS, PAGE, 3), dtype=torch.float16) if dtype == torch.int8 else None
+    return lambda: triton_kernels.rotary_and_cache(
+        q, k, v, angles, angles, cache, values, slots, interleaved, key_scales=scales, value_scales=scales
+    )
 
 
 def recurrent() -> dict[str, Callable[[], object]]:
@@ -92,9 +98,12 @@ def launches(target: str) -> dict[str, Callable[[], object]]:
         "rotary": rotary(False),
         "interleaved rotary": rotary(True),
         "keys alone": rotary(False, False),
+        "rotary 8 bits": rotary(False, dtype=torch.int8),
+        "interleaved rotary 8 bits": rotary(True, dtype=torch.int8),
     }
     for size in (128, 256) if target == "sm_90" else (256,):  # the widest asks for the most shared memory
         calls[f"attention {size} default"] = attention(size, "default")
+        calls[f"attention {size} 8 bits"] = attention(size, "default", torch.int8)
     calls["attention 128 exact"] = attention(128, "exact", torch.float32)
     calls["attention latent default"] = attention(576, "default", values=512)
     if target == "sm_90":
@@ -135,6 +144,17 @@ def test_scans_load_tokens_ahead(kernels):
 @pytest.mark.parametrize("target, limit", [("sm_90", 227 * 1024), ("gfx942", 64 * 1024)])
 def test_shared_memory_suffices(kernels, target, limit):
     assert max(kernel.shared for calls in kernels[target].values() for kernel in calls) <= limit
+
+
+def test_an_8_bit_cache_is_read_as_bytes_and_multiplied_in_half_precision(kernels):
+    for size in (128, 256):
+        prompt, single, _ = kernels["sm_90"][f"attention {size} 8 bits"]
+        assert "wgmma.mma_async" in prompt.asm and "f32.f16.f16" in prompt.asm
+        assert re.search(r"mma\.sync\S*\.f32\.f16\.f16\.f32", single.asm)
+        for kernel in (prompt, single):
+            assert "cvt.rn.f16.s16" in kernel.asm and "cvt.f32.f16" not in kernel.asm
+            half = kernels["sm_90"][f"attention {size} default"][0 if kernel is prompt else 1]
+            assert kernel.shared < half.shared
 
 
 def test_exact_attention_multiplies_in_float32(kernels):
