@@ -16,17 +16,23 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 from llvmlite import ir
 from numba.core import cgutils
 
 from trichord.cpu_fallback.activations import BYTES
 from trichord.cpu_fallback.decode import DECODERS, GROUP, Decoded, chunk
+from trichord.cpu_fallback.dequantize import NumpyBlock
 from trichord.cpu_fallback.jobs import compile_kernel
-from trichord.cpu_fallback.vectors import F32, I8, I16, I64, Emitter, LlvmBlock, Vector, even_odd
+from trichord.cpu_fallback.vectors import F32, I8, I16, I32, I64, Emitter, LlvmBlock, Vector, even_odd
 from trichord.weight_format import WeightFormat
 
 _STRIDE = 256
 """Weights decoded together: short blocks are joined, so that their scales are multiplied as one vector."""
+_SPAN, _MOST_FACTORS = 8, 16
+"""Runs of _STRIDE weights that wait for their factors together, and how many numbers these may be of one run."""
+_MOST_BITS_AHEAD = 6
+"""Bits per weight from which on reading costs more time than the arithmetic, and is better not interrupted."""
 _AHEAD = 4096
 """Bytes from what is decoded to what is fetched meanwhile: the CPU's own prefetching does not reach as far."""
 
@@ -57,6 +63,19 @@ class _Rows:
     def begin_row(self) -> None:
         """Before a row's first block."""
 
+    def blocks(self, start: ir.Value, first: ir.Value, last: ir.Value, joined: int) -> None:
+        """The runs of `joined` chunks from number `first` to before `last` of the row that begins at `start`."""
+        weights, size = chunk(self.format)
+        with self.emitter.loop(first, last) as i:
+            pointer = self.emitter.move(start, self.builder.mul(i, I64(joined * size)))
+            self.prefetch(pointer, joined * size)
+            self.block(self._decode(pointer, joined), self.builder.mul(i, I64(joined * weights)))
+
+    def prefetch(self, pointer: ir.Value, size: int) -> None:
+        """Fetches what comes _AHEAD bytes after these."""
+        for line in range(_AHEAD, _AHEAD + size, 64):
+            self.emitter.prefetch(self.emitter.move(pointer, line))
+
     def block(self, decoded: Decoded, position: ir.Value) -> None:
         """The weights from column `position` on."""
         raise NotImplementedError
@@ -75,15 +94,9 @@ class _Rows:
             self.row = row
             start = emitter.at(self.job["weights"], builder.mul(row, self.job["row_bytes"]), 1)
             self.begin_row()
-            with emitter.loop(I64(0), strides) as i:
-                pointer = emitter.move(start, builder.mul(i, I64(joined * size)))
-                for line in range(_AHEAD, _AHEAD + joined * size, 64):
-                    emitter.prefetch(emitter.move(pointer, line))
-                self.block(self._decode(pointer, joined), builder.mul(i, I64(joined * weights)))
+            self.blocks(start, I64(0), strides, joined)
             if joined > 1:
-                with emitter.loop(builder.mul(strides, I64(joined)), chunks) as i:
-                    pointer = emitter.move(start, builder.mul(i, I64(size)))
-                    self.block(self._decode(pointer, 1), builder.mul(i, I64(weights)))
+                self.blocks(start, builder.mul(strides, I64(joined)), chunks, 1)
             if self.format.block_size == 1:
                 self._rest(start, builder.mul(chunks, I64(weights)), size // weights)
             self.end_row()
@@ -130,6 +143,13 @@ class _Dequantize(_Rows):
             emitter.store(values, emitter.move(target, 32 * i))
 
 
+@functools.cache
+def _scaled_ahead(format: WeightFormat) -> bool:
+    """Whether factors wait in memory: not those of half groups, which are spread by a single instruction (measured)."""
+    quants, scales, *_ = DECODERS[format](NumpyBlock(np.zeros((1, chunk(format)[1]), np.uint8)))
+    return format.bits_per_weight < _MOST_BITS_AHEAD and scales is not None and scales.shape[1] <= len(quants)
+
+
 class _Dot(_Rows):
     def __init__(
         self, emitter: Emitter, job: dict[str, ir.Value], format: WeightFormat, precision: str, tokens: int
@@ -137,6 +157,9 @@ class _Dot(_Rows):
         super().__init__(emitter, job, format)
         self.tokens, self.itemsize = range(tokens), BYTES[precision]
         self.meet = {"exact": self._meet_floats, "default": self._meet_words, "fast": self._meet_bytes}[precision]
+        count = I32(_MOST_FACTORS * _SPAN * tokens // 8)
+        factors = cgutils.alloca_once(emitter.builder, ir.VectorType(F32, 8), size=count)  # aligned like its lanes
+        self.factors = emitter.builder.bitcast(factors, I8.as_pointer())
         # A chain of additions waits for each one: a lone token gets several chains.
         self.sums = [
             [emitter.variable(emitter.number(0.0, 8)) for _ in range(max(1, 4 // tokens))] for _ in self.tokens
@@ -168,31 +191,70 @@ class _Dot(_Rows):
             index = self.builder.add(self.results[token], self.row)
             self.emitter.store(total, self.emitter.at(self.job["y"], index, 4))
 
+    def blocks(self, start: ir.Value, first: ir.Value, last: ir.Value, joined: int) -> None:
+        """Twice over a span of them: for the scales and minimums, then for the quants.
+
+        The factors of the groups wait in memory in between. To read a factor into all lanes costs no more than to read
+        it, while to spread it from a vector's lane would keep those parts of the CPU busy that multiply.
+        """
+        if not _scaled_ahead(self.format):
+            super().blocks(start, first, last, joined)
+            return
+        builder, emitter = self.builder, self.emitter
+        weights, size = chunk(self.format)
+        run = builder.sub(last, first)
+        with emitter.loop(I64(0), builder.udiv(builder.add(run, I64(_SPAN - 1)), I64(_SPAN))) as span:
+            begin = builder.add(first, builder.mul(span, I64(_SPAN)))
+            end = builder.add(begin, I64(_SPAN))
+            end = builder.select(builder.icmp_signed("<", end, last), end, last)
+            for work in (self.scale, self.multiply):
+                with emitter.loop(begin, end) as i:
+                    pointer = emitter.move(start, builder.mul(i, I64(joined * size)))
+                    if work == self.multiply:
+                        self.prefetch(pointer, joined * size)
+                    position = builder.mul(i, I64(joined * weights))
+                    work(self._decode(pointer, joined), position, builder.sub(i, begin))
+
     def block(self, decoded: Decoded, position: ir.Value) -> None:
+        self.scale(decoded, position, I64(0))
+        self.multiply(decoded, position, I64(0))
+
+    def scale(self, decoded: Decoded, position: ir.Value, index: ir.Value) -> None:
+        """Leaves the factors of a run's groups where `multiply` finds them, and subtracts their minimums."""
         quants, scales, minimums, zero = without_zero(decoded) if self.itemsize == 4 else decoded
         self.groups = len(quants)
         if zero:
             minimums = scales * float(zero)
-        places = [self.builder.add(start, position) for start in self.starts]
-        factors = [self._factors(scales, place) for place in places]
-        for token, place in enumerate(places):
+        for token, start in enumerate(self.starts):
+            place = self.builder.add(start, position)
+            if scales is not None:
+                self.emitter.store(self._factors(scales, place), self._factor(token, index))
             if minimums is not None:
                 self._subtract_minimums(token, minimums, place)
+        self.halves = 0 if scales is None else max(scales.count // self.groups, 1)
+
+    def multiply(self, decoded: Decoded, position: ir.Value, index: ir.Value) -> None:
+        """Adds the products of a run's quants, times their factors."""
+        quants = (without_zero(decoded) if self.itemsize == 4 else decoded).quants
         for group, quant in enumerate(quants):
-            for token, place in enumerate(places):
-                x = self.emitter.at(self.job["x"], place, self.itemsize)
+            for token, start in enumerate(self.starts):
+                x = self.emitter.at(self.job["x"], self.builder.add(start, position), self.itemsize)
                 x = self.emitter.move(x, GROUP * group * self.itemsize)
-                self.meet(token, group, quant, x, factors[token])
+                factors = self.emitter.move(self._factor(token, index), 4 * self.halves * group)
+                self.meet(token, group, quant, x, factors)
+
+    def _factor(self, token: int, index: ir.Value) -> ir.Value:
+        """Where the factors of a span's run are."""
+        number = self.builder.add(index, I64(token * _SPAN))
+        return self.emitter.move(self.factors, self.builder.mul(number, I64(4 * _MOST_FACTORS)))
 
     def _add(self, token: int, chain: int, a: Vector, b: Vector) -> None:
         place = self.sums[token][chain % len(self.sums[token])]
         total = self.emitter.multiply_add(a, b, Vector(self.emitter, self.builder.load(place)))
         self.builder.store(total.value, place)
 
-    def _factors(self, scales: Vector | None, place: ir.Value) -> Vector | None:
+    def _factors(self, scales: Vector, place: ir.Value) -> Vector:
         """The scales of weights, times those of activations, for each group or each half of one."""
-        if scales is None:
-            return None
         count = max(scales.count, self.groups)
         scales = scales.lanes([i * scales.count // count for i in range(count)])
         if self.itemsize == 4:
@@ -216,32 +278,32 @@ class _Dot(_Rows):
             [*range(vector.count), *[vector.count] * (8 - vector.count)], self.emitter.number(0.0, vector.count)
         )
 
-    def _scale(self, factors: Vector, group: int) -> Vector:
-        """The factors of a group's integer sums: one, or one for the lanes of each half."""
-        halves = factors.count // self.groups
-        return factors.lanes([group * halves] * 4 + [group * halves + halves - 1] * 4)
+    def _read(self, factors: ir.Value, half: int | None = None) -> Vector:
+        """The factors of a group's sums, lane by lane; those of one half alone for all lanes."""
+        if half is not None:
+            return self.emitter.load(self.emitter.move(factors, 4 * half), F32).widen(8)
+        return self.emitter.load(factors, F32, self.halves).lanes([0] * 4 + [self.halves - 1] * 4)
 
-    def _meet_words(self, token: int, group: int, quant: Vector, x: ir.Value, factors: Vector) -> None:
+    def _meet_words(self, token: int, group: int, quant: Vector, x: ir.Value, factors: ir.Value) -> None:
         emitter = self.emitter
         activations = (emitter.load(emitter.move(x, i), I16, 16) for i in (0, 32))
         first, second = map(emitter.multiply_pairs, even_odd(quant), activations)
-        self._add(token, group, (first + second).float(), self._scale(factors, group))
+        self._add(token, group, (first + second).float(), self._read(factors))
 
-    def _meet_bytes(self, token: int, group: int, quant: Vector, x: ir.Value, factors: Vector) -> None:
+    def _meet_bytes(self, token: int, group: int, quant: Vector, x: ir.Value, factors: ir.Value) -> None:
         sums = self.emitter.multiply_bytes(quant, self.emitter.load(x, I8, 32, signed=True))
-        self._add(token, group, sums.float(), self._scale(factors, group))
+        self._add(token, group, sums.float(), self._read(factors))
 
-    def _meet_floats(self, token: int, group: int, quant: Vector, x: ir.Value, factors: Vector | None) -> None:
+    def _meet_floats(self, token: int, group: int, quant: Vector, x: ir.Value, factors: ir.Value) -> None:
         emitter = self.emitter
         weights = [quant.lanes(range(i, i + 8)).float() for i in (0, 8, 16, 24)]
         activations = [emitter.load(emitter.move(x, 32 * i), F32, 8) for i in range(4)]
-        if factors is None:
+        if not self.halves:
             for i in range(4):
                 self._add(token, 4 * group + i, weights[i], activations[i])
             return
-        halves = factors.count // self.groups
-        for half in range(halves):
+        for half in range(self.halves):
             total = emitter.number(0.0, 8)
-            for i in range(4 * half // halves, 4 * (half + 1) // halves):
+            for i in range(4 * half // self.halves, 4 * (half + 1) // self.halves):
                 total = emitter.multiply_add(weights[i], activations[i], total)
-            self._add(token, group, total, factors.lanes([group * halves + half] * 8))
+            self._add(token, group, total, self._read(factors, half))
