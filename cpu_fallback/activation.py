@@ -8,13 +8,15 @@ import torch
 from trichord.cpu_fallback.jit import have_numba
 
 
-def activate(gate: torch.Tensor, up: torch.Tensor | None, activation: str) -> torch.Tensor:
+def activate(
+    gate: torch.Tensor, up: torch.Tensor | None, activation: str, *, prepare: str | None = None
+) -> torch.Tensor:
     """activation(gate) * up, elementwise (..., F) float32, contiguous; without `up` the activation alone.
 
     "silu" (with up: SwiGLU, Shazeer, 2020); "gelu", the tanh approximation, and "gelu_erf", the exact one (Hendrycks
     and Gimpel, 2016); "relu"; "relu_squared" (So et al., 2021); "swiglu_oai", that of gpt-oss:
     g * sigmoid(1.702 g) * (u + 1) with g = min(gate, 7), u = clamp(up, -7, 7). Rows may be strided: gate and up may be
-    the halves of one product.
+    the halves of one product. There is nothing to `prepare`: the products round what they read themselves.
     """
     if not have_numba():
         return _activate(gate, up, activation)

@@ -31,6 +31,7 @@ def attention(
     slopes: torch.Tensor | None = None,
     key_scales: torch.Tensor | None = None,
     value_scales: torch.Tensor | None = None,
+    prepare: bool = False,
 ) -> torch.Tensor:
     """Attention of q (T, H, D) float32 over the paged cache -> (T, H, Dv) float32, contiguous.
 
@@ -45,7 +46,8 @@ def attention(
     p - W, or, `chunked`, those from p // W * W on; pages before all of these are not touched. A score s becomes
     soft_cap * tanh(s / soft_cap) where that is not 0 (Gemma 2), then gains slopes[h] * (key position - p) (slopes
     (H,): ALiBi, Press et al., 2022). sinks (H,) are a further score of each head, without a value, in the softmax's
-    sum (Xiao et al., 2024). Raises ValueError for pages or caches of another shape.
+    sum (Xiao et al., 2024). With `prepare`, the result is a view of it, (T, H * Dv): there is no more to prepare.
+    Raises ValueError for pages or caches of another shape.
     """
     if value_cache.shape[2] % 16:
         raise ValueError(f"a page must hold a multiple of 16 positions, not {value_cache.shape[2]}")
@@ -65,12 +67,12 @@ def attention(
                 block = q[first:last].numpy() * np.float32(scale)
                 mean = _attend(block, *caches, pages, length - stop + first, length, *variant)
                 output[first:last] = torch.from_numpy(mean)
-        return output
+        return output.flatten(1) if prepare else output
     from trichord.cpu_fallback.attention_kernel import attend
 
     paged = q, key_cache, value_cache, page_tables, query_starts, context_lengths
     attend(*paged, output, max_query, scale, *variant, key_scales, value_scales)
-    return output
+    return output.flatten(1) if prepare else output
 
 
 def _attend(

@@ -16,13 +16,15 @@ def norm(
     *,
     bias: torch.Tensor | None = None,
     centered: bool = False,
+    prepare: str | None = None,
 ) -> torch.Tensor:
     """residual (T, K) float32 += delta, in place; returns its normalised rows (T, K) * gain + bias, contiguous.
 
     A row is divided by sqrt(mean(x²) + epsilon) (RMS norm: Zhang and Sennrich, 2019), or, `centered`, by
     sqrt(variance + epsilon) after its mean is subtracted (layer norm: Ba et al., 2016). gain and bias, contiguous, are
     (K,), or (M, K) where row t takes line t % M. residual and delta may be (T, H, D): then each head is a row, row
-    t * H + h, and so is the result's. Only the elements of a row must be adjacent.
+    t * H + h, and so is the result's. Only the elements of a row must be adjacent. There is nothing to `prepare`: the
+    products round what they read themselves.
     """
     if not have_numba():
         return _norm(residual, gain, epsilon, delta, bias, centered)

@@ -22,12 +22,25 @@ Activation = Literal["silu", "gelu", "gelu_erf", "relu", "relu_squared", "swiglu
 Gating = Literal["softmax", "sigmoid", "softmax_of_chosen"]
 
 
+class Prepared(Protocol):
+    """Rows of activations, and what a backend has made of them for its products: for these alone to read."""
+
+    x: torch.Tensor
+    """The rows themselves, float32."""
+
+    def __len__(self) -> int:
+        """How many tokens there are."""
+
+
 class Operations(Protocol):
     """What a backend offers. Tensors are torch tensors; activations are float32 unless a line says otherwise.
 
     T: tokens of the whole batch, laid flat. S: sequences. K, N: in and out features. H, G: query and key-value heads.
     D: head size. P: pages of the cache, each of `page` positions. X: experts, E of them chosen by each token.
     C: channels. B: slots of recurrent states, one a running sequence.
+
+    Where an operation may `prepare` its result for products, in a precision, a backend that must round activations can
+    do so in the same pass, and returns them `Prepared`; one with nothing to gain returns the tensor.
     """
 
     LAYOUT: Layout
@@ -42,11 +55,11 @@ class Operations(Protocol):
     def dequantize(self, weight: Weight) -> torch.Tensor:
         """The whole weight as float32 of `weight.shape` (without `weight.scale`)."""
 
-    def matmul(self, x: torch.Tensor, weights: Sequence[Weight], precision: Precision) -> list[torch.Tensor]:
+    def matmul(self, x: torch.Tensor | Prepared, weights: Sequence[Weight], precision: Precision) -> list[torch.Tensor]:
         """x (T, K) -> [x @ W.T (T, N) for each weight]. The weights share K; what x needs is prepared once."""
 
     def expert_matmul(
-        self, x: torch.Tensor, weights: Sequence[Weight], experts: torch.Tensor, precision: Precision
+        self, x: torch.Tensor | Prepared, weights: Sequence[Weight], experts: torch.Tensor, precision: Precision
     ) -> list[torch.Tensor]:
         """Each token times the matrices of its experts: [(T, E, N) for each weight (X, N, K)].
 
@@ -87,13 +100,15 @@ class Operations(Protocol):
         *,
         bias: torch.Tensor | None = None,
         centered: bool = False,
-    ) -> torch.Tensor:
+        prepare: Precision | None = None,
+    ) -> torch.Tensor | Prepared:
         """residual (T, K) += delta, in place; returns its normalised rows (T, K) * gain + bias.
 
         A row is divided by its root mean square, or, `centered` (layer norm), by its standard deviation after its mean
         is subtracted; epsilon is added to the mean square or variance. gain, bias (K,), or (M, K) where row t takes
         line t % M. The rows of residual may be strided; a tensor (T, H, D), with any strides of tokens and heads, is
-        normalised head by head, as (T * H, D) is, into (T, H, D). The result is contiguous.
+        normalised head by head, as (T * H, D) is, into (T, H, D). The result is contiguous, and `Prepared` only on
+        request: then it is (T, K).
         """
 
     def rotary_and_cache(
@@ -142,8 +157,9 @@ class Operations(Protocol):
         slopes: torch.Tensor | None = None,
         key_scales: torch.Tensor | None = None,
         value_scales: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Attention of q (T, H, D) over the paged cache -> (T, H, Dv).
+        prepare: bool = False,
+    ) -> torch.Tensor | Prepared:
+        """Attention of q (T, H, D) over the paged cache -> (T, H, Dv), or, to `prepare` in its precision, (T, H * Dv).
 
         Sequence s owns the query rows query_starts[s]:query_starts[s+1] (query_starts (S+1,) int32), which are the
         last of its context_lengths[s] (S,) int32 positions; position p lies in page page_tables[s, p // page]
@@ -157,7 +173,14 @@ class Operations(Protocol):
         ALiBi). sinks (H,) are a further score of each head, without a value, in the softmax's sum.
         """
 
-    def activate(self, gate: torch.Tensor, up: torch.Tensor | None, activation: Activation) -> torch.Tensor:
+    def activate(
+        self,
+        gate: torch.Tensor,
+        up: torch.Tensor | None,
+        activation: Activation,
+        *,
+        prepare: Precision | None = None,
+    ) -> torch.Tensor | Prepared:
         """activation(gate) * up, elementwise (..., F); without `up` the activation alone. Rows may be strided.
 
         "gelu" is the tanh approximation, "gelu_erf" the exact one; "swiglu_oai" (gpt-oss) is
@@ -239,14 +262,14 @@ def set_threads(count: int) -> None:
     importlib.import_module(_BACKENDS["blocks"]).set_threads(count)
 
 
-def matmul(x: torch.Tensor, weights: Sequence[Weight], precision: Precision) -> list[torch.Tensor]:
+def matmul(x: torch.Tensor | Prepared, weights: Sequence[Weight], precision: Precision) -> list[torch.Tensor]:
     """x (T, K) float32 -> [x @ W.T (T, N)] for weights that share their layout, device and K."""
     products = operations(weights[0].layout).matmul(x, weights, precision)
     return [y if w.scale == 1.0 else y.mul_(w.scale) for y, w in zip(products, weights, strict=True)]
 
 
 def expert_matmul(
-    x: torch.Tensor, weights: Sequence[Weight], experts: torch.Tensor, precision: Precision
+    x: torch.Tensor | Prepared, weights: Sequence[Weight], experts: torch.Tensor, precision: Precision
 ) -> list[torch.Tensor]:
     """x (T, K) or (T, E, K) float32, experts (T, E) int32 -> [(T, E, N)]: see `Operations.expert_matmul`."""
     products = operations(weights[0].layout).expert_matmul(x, weights, experts, precision)

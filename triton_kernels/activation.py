@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from trichord.triton_kernels.activations import Activations, store_limbs
+
 BLOCK = 1024
 
 _NORMAL_TAIL = tl.constexpr(
@@ -84,13 +86,15 @@ def activation_kernel(
     gate,
     up,
     output,
+    limbs,
     width,
     gate_stride,
     up_stride,
     ACTIVATION: tl.constexpr,
+    LIMBS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a row and BLOCK features."""
+    """One program a row and BLOCK features, as floats and, with LIMBS, as integers."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width
@@ -101,28 +105,39 @@ def activation_kernel(
             u = tl.minimum(tl.maximum(u, -7.0), 7.0) + 1.0
         y *= u
     tl.store(output + row * width + columns, y, mask=mask)
+    if LIMBS:
+        group = tl.program_id(1) * (BLOCK // 32) + tl.arange(0, BLOCK // 32)[:, None]
+        groups = width // 32
+        store_limbs(tl.reshape(y, (BLOCK // 32, 32)), row * groups + group, group < groups, limbs, LIMBS)
 
 
-def activate(gate: torch.Tensor, up: torch.Tensor | None, activation: str) -> torch.Tensor:
+def activate(
+    gate: torch.Tensor, up: torch.Tensor | None, activation: str, *, prepare: str | None = None
+) -> torch.Tensor | Activations:
     """activation(gate) * up, elementwise (..., F) float32, contiguous; without `up` the activation alone.
 
     "silu" (with up: SwiGLU, Shazeer, 2020); "gelu", the tanh approximation, and "gelu_erf", the exact one (Hendrycks
     and Gimpel, 2016); "relu"; "relu_squared" (So et al., 2021); "swiglu_oai", that of gpt-oss:
     g * sigmoid(1.702 g) * (u + 1) with g = min(gate, 7), u = clamp(up, -7, 7). Rows may be strided: gate and up may be
-    the halves of one product.
+    the halves of one product. With a precision to `prepare` for, the result is what `matmul` and `expert_matmul` read
+    in it.
     """
     output = torch.empty(gate.shape, dtype=torch.float32, device=gate.device)
     width = gate.shape[-1]
+    activations = Activations(output)
+    count = activations.wanted_limbs(prepare)
     gates, ups = (None if tensor is None else tensor.reshape(-1, width) for tensor in (gate, up))
     activation_kernel[(len(gates), triton.cdiv(width, BLOCK))](
         gates,
         ups,
         output,
+        activations.new_limbs(count) if count else None,
         width,
         gates.stride(0),
         0 if ups is None else ups.stride(0),
         ACTIVATION=activation,
+        LIMBS=count,
         BLOCK=BLOCK,
         enable_fp_fusion=True,
     )
-    return output
+    return output if prepare is None else activations

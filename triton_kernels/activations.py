@@ -1,4 +1,7 @@
-"""Activations in the forms that the products take, each prepared once for all the weights of a call."""
+"""Activations in the forms that the products take, each prepared once for all the products that read them.
+
+A kernel that computes activations may round them itself (`store_limbs`), which saves a launch.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,23 @@ import torch
 import triton
 import triton.language as tl
 
-from trichord.triton_kernels.launch import launches
+from trichord.triton_kernels.launch import FEW_ROWS, launches
+
+LIMBS = {"default": 2, "fast": 1}
+"""Bytes that activations are rounded to for integer products, by precision; in any other they are float32."""
 
 
 @triton.jit
-def limb_kernel(x, limbs, scales, sums, groups, LIMBS: tl.constexpr, BLOCK_GROUPS: tl.constexpr):
-    """Rounds BLOCK_GROUPS of the groups of 32 of x float32 to integers: x = scale * n, with a scale for each group.
+def store_limbs(values, group, valid, limbs, LIMBS: tl.constexpr):
+    """Rounds groups (G, 32) of float32 to integers n: x = scale * n, with a scale for each group; `group` is (G, 1).
 
     With two limbs |n| <= 32639 = 127 * 257, and n = 256 * first + second where both are signed bytes; with one limb
-    |n| <= 127. Writes limbs (groups, LIMBS, 32) int8, scales (groups,) and the sums of n over the halves of each group
-    (groups, 2) int32. A group with an element that is not finite has a scale that is not finite.
+    |n| <= 127. `limbs` is where to: limbs (groups, LIMBS, 32) int8, scales (groups,) and the sums of n over the halves
+    of each group (groups, 2) int32. A group with an element that is not finite has a scale that is not finite.
     """
+    codes, scales, sums = limbs
     LIMIT: tl.constexpr = 127 * 257 if LIMBS == 2 else 127
-    group = tl.program_id(0).to(tl.int64) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)[:, None]
-    valid = group < groups
     element = tl.arange(0, 32)[None, :]
-    values = tl.load(x + group * 32 + element, mask=valid, other=0.0)
     largest = tl.max(tl.abs(values), axis=1, keep_dims=True)
     scale = largest / LIMIT + tl.sum(values * 0.0, axis=1, keep_dims=True)  # tl.max passes over NaN, the sum does not
     normal = scale >= 1.1754944e-38  # false for NaN, and where the quotient below would be too large
@@ -31,14 +35,23 @@ def limb_kernel(x, limbs, scales, sums, groups, LIMBS: tl.constexpr, BLOCK_GROUP
     quotients = tl.where(normal, values / tl.where(normal, scale, 1.0), 0.0)
     integers = ((quotients + 12582912.0) - 12582912.0).to(tl.int32)
     tl.store(scales + group, scale, mask=valid)
-    halves = tl.sum(tl.reshape(integers, (BLOCK_GROUPS, 2, 16)), axis=2)
+    halves = tl.sum(tl.reshape(integers, (values.shape[0], 2, 16)), axis=2)
     tl.store(sums + group * 2 + tl.arange(0, 2)[None, :], halves, mask=valid)
     if LIMBS == 2:
         second = ((integers + 128) & 255) - 128
-        tl.store(limbs + group * 64 + element, ((integers - second) >> 8).to(tl.int8), mask=valid)
-        tl.store(limbs + group * 64 + 32 + element, second.to(tl.int8), mask=valid)
+        tl.store(codes + group * 64 + element, ((integers - second) >> 8).to(tl.int8), mask=valid)
+        tl.store(codes + group * 64 + 32 + element, second.to(tl.int8), mask=valid)
     else:
-        tl.store(limbs + group * 32 + element, integers.to(tl.int8), mask=valid)
+        tl.store(codes + group * 32 + element, integers.to(tl.int8), mask=valid)
+
+
+@triton.jit
+def limb_kernel(x, limbs, groups, LIMBS: tl.constexpr, BLOCK_GROUPS: tl.constexpr):
+    """Rounds BLOCK_GROUPS of the groups of 32 of x float32: see `store_limbs`."""
+    group = tl.program_id(0).to(tl.int64) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)[:, None]
+    valid = group < groups
+    values = tl.load(x + group * 32 + tl.arange(0, 32)[None, :], mask=valid, other=0.0)
+    store_limbs(values, group, valid, limbs, LIMBS)
 
 
 @triton.jit
@@ -68,27 +81,51 @@ def half_kernel(x, halves, scales, tokens, columns, stride, BLOCK_TOKENS: tl.con
         tl.store(halves + column, (values * factor).to(tl.float16), mask=valid & (column < stride))
 
 
+Limbs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
 class Activations:
-    """x (T, K) float32, contiguous, and what has been made of it so far."""
+    """x (..., K) float32, contiguous, and what has been made of it so far, for all the products that read it."""
 
     def __init__(self, x: torch.Tensor) -> None:
         self.x = x
-        self.tokens, self.columns = x.shape
-        self._limbs: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self.columns = x.shape[-1]
+        self.tokens = x.numel() // self.columns
+        self._limbs: dict[int, Limbs] = {}
 
-    def limbs(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`count` (1 or 2) limbs as words (T, groups, count * 8) int32, scales and sums: see `limb_kernel`."""
+    @classmethod
+    def of(cls, x: torch.Tensor | Activations) -> Activations:
+        """x itself, where it is already more than a tensor."""
+        return x if isinstance(x, cls) else cls(x)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def limbs(self, count: int) -> Limbs:
+        """`count` (1 or 2) limbs as words (T, groups, count * 8) int32, scales and sums: see `store_limbs`."""
         if count not in self._limbs:
-            groups = self.columns // 32
-            limbs = self.x.new_empty((self.tokens, groups, count * 32), dtype=torch.int8)
-            scales = self.x.new_empty((self.tokens, groups))
-            sums = self.x.new_empty((self.tokens, groups, 2), dtype=torch.int32)
-            total, block = self.tokens * groups, launches().limb_groups
+            limbs = self.new_limbs(count)
+            total, block = limbs[1].numel(), launches().limb_groups
             limb_kernel[(triton.cdiv(total, block),)](
-                self.x, limbs, scales, sums, total, LIMBS=count, BLOCK_GROUPS=block, enable_fp_fusion=True
+                self.x, limbs, total, LIMBS=count, BLOCK_GROUPS=block, enable_fp_fusion=True
             )
-            self._limbs[count] = limbs.view(torch.int32), scales, sums
+        codes, scales, sums = self._limbs[count]
+        return codes.view(torch.int32), scales, sums
+
+    def new_limbs(self, count: int) -> Limbs:
+        """Memory for `count` limbs of each element, int8, with their scales and sums: the caller's kernel fills it."""
+        groups = self.columns // 32
+        self._limbs[count] = (
+            self.x.new_empty((self.tokens, groups, count * 32), dtype=torch.int8),
+            self.x.new_empty((self.tokens, groups)),
+            self.x.new_empty((self.tokens, groups, 2), dtype=torch.int32),
+        )
         return self._limbs[count]
+
+    def wanted_limbs(self, precision: str | None) -> int:
+        """How many limbs the kernel that writes x had better write beside it for products in this precision."""
+        few = len(self) <= FEW_ROWS and self.columns % 32 == 0
+        return LIMBS.get(precision, 0) if few else 0
 
     @cached_property
     def halves(self) -> tuple[torch.Tensor, torch.Tensor]:

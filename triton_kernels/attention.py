@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from trichord.triton_kernels.activations import Activations, store_limbs
 from trichord.triton_kernels.attention_step import first_seen, load_rows, step
 
 MAX_SPLITS = 64
@@ -175,8 +176,10 @@ def combine_kernel(
     query_starts,
     context_lengths,
     output,
+    limbs,
     heads,
     splits,
+    LIMBS: tl.constexpr,
     VALUE_SIZE: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
@@ -206,6 +209,10 @@ def combine_kernel(
     mean = tl.sum(means * weights[:, None], axis=0) / tl.sum(weights, axis=0)
     row = token.to(tl.int64) * heads + head
     tl.store(output + row * VALUE_SIZE + columns, mean, mask=columns < VALUE_SIZE)
+    if LIMBS:
+        group = tl.arange(0, BLOCK_VALUE // 32)[:, None]
+        groups: tl.constexpr = VALUE_SIZE // 32
+        store_limbs(tl.reshape(mean, (BLOCK_VALUE // 32, 32)), row * groups + group, group < groups, limbs, LIMBS)
 
 
 @functools.cache
@@ -268,7 +275,8 @@ def attention(
     slopes: torch.Tensor | None = None,
     key_scales: torch.Tensor | None = None,
     value_scales: torch.Tensor | None = None,
-) -> torch.Tensor:
+    prepare: bool = False,
+) -> torch.Tensor | Activations:
     """Attention of q (T, H, D) float32 over the paged cache -> (T, H, Dv) float32, contiguous.
 
     key_cache (P, G, page, D), contiguous, and value_cache (P, G, page, Dv), contiguous or a view of adjacent elements
@@ -283,7 +291,8 @@ def attention(
     p - W, or, `chunked`, those from p // W * W on; pages before all of these are not touched. A score s becomes
     soft_cap * tanh(s / soft_cap) where that is not 0 (Gemma 2), then gains slopes[h] * (key position - p) (slopes
     (H,): ALiBi, Press et al., 2022). sinks (H,) are a further score of each head, without a value, in the softmax's
-    sum (Xiao et al., 2024). Raises ValueError for pages or caches of another shape.
+    sum (Xiao et al., 2024). With `prepare`, the result is (T, H * Dv), as `matmul` reads it in this precision. Raises
+    ValueError for pages or caches of another shape.
     """
     tokens, heads, head_size = q.shape
     _, kv_heads, page, value_size = value_cache.shape
@@ -302,6 +311,7 @@ def attention(
     end = head_size - block_head
     latent = not exact and value_size == block_head and value_stride == head_size and offset in (0, end)
     output = torch.empty((tokens, heads, value_size), dtype=torch.float32, device=q.device)
+    activations = Activations(output.flatten(1))
 
     def launch(single: bool) -> None:
         widest = max(_padded(head_size), block_value)
@@ -359,14 +369,18 @@ def attention(
             **tile,
         )
         if splits > 1:
+            whole = prepare and max_query == 1 and value_size % 32 == 0  # every row comes from here, in whole groups
+            limbs = activations.wanted_limbs(precision) if whole else 0
             combine_kernel[(heads, sequences)](
                 partial,
                 log_sums,
                 query_starts,
                 context_lengths,
                 output,
+                activations.new_limbs(limbs) if limbs else None,
                 heads,
                 splits,
+                LIMBS=limbs,
                 VALUE_SIZE=value_size,
                 BLOCK_VALUE=block_value,
                 BLOCK_KEYS=tile["BLOCK_KEYS"],
@@ -381,4 +395,4 @@ def attention(
         launch(single=False)
     if max_query == 1 or sequences > 1:
         launch(single=True)
-    return output
+    return activations if prepare else output

@@ -113,7 +113,7 @@ def gemm(activations: Activations, weight: Weight, exact: bool, pairs: Pairs | N
         rows,
         columns,
         activations.tokens,
-        x.shape[1],
+        x.shape[-1],
         FORMAT=format,
         SHARING=0 if pairs is None else pairs.sharing,
         EXACT=exact,

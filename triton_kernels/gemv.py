@@ -148,7 +148,7 @@ def gemv(
     """At most FEW_ROWS rows of x (T, K) times each transposed weight (N, K) -> [(T, N) float32].
 
     With `pairs`, each of them is a row of x times the matrix of its expert in a weight (X, N, K) -> (pairs, N). An
-    integer format multiplies by `limbs` limbs of activations (see `activations.limb_kernel`), a float format by x.
+    integer format multiplies by `limbs` limbs of activations (see `activations.store_limbs`), a float format by x.
     Weights whose tiles take as many warps share a launch.
     """
     tokens, products = (activations.tokens, 1) if pairs is None else (1, pairs.count)

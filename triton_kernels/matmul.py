@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from trichord.triton_kernels.activations import Activations
+from trichord.triton_kernels.activations import LIMBS, Activations
 from trichord.triton_kernels.experts import Pairs
 from trichord.triton_kernels.formats import FORMATS
 from trichord.triton_kernels.gemm import gemm
@@ -16,13 +16,13 @@ from trichord.triton_kernels.gemv import gemv
 from trichord.triton_kernels.launch import FEW_ROWS
 from trichord.weight_format import Weight
 
-_LIMBS = {"default": 2, "fast": 1}  # bytes that activations are rounded to for integer products
-
 
 def matmul(
-    x: torch.Tensor, weights: Sequence[Weight], precision: Literal["exact", "default", "fast"]
+    x: torch.Tensor | Activations, weights: Sequence[Weight], precision: Literal["exact", "default", "fast"]
 ) -> list[torch.Tensor]:
     """x (T, K) float32, contiguous, on the weights' device -> [x @ W.T (T, N) float32 for each weight (N, K)].
+
+    x may have been prepared, by `norm`, `activate` or `attention`.
 
     "exact" multiplies in float32, and so do weights of 32 bits and more at any precision. Otherwise, up to FEW_ROWS
     rows of x, weights in an integer format meet activations rounded to 16 bits ("default") or 8 bits ("fast") a group
@@ -30,16 +30,16 @@ def matmul(
     `Weight.scale` is not applied.
     Raises ValueError for shapes, dtypes and formats that do not fit.
     """
-    if x.ndim != 2:
-        raise ValueError(f"activations must be (T, K), not of shape {tuple(x.shape)}")
+    activations = Activations.of(x)
+    if activations.x.ndim != 2:
+        raise ValueError(f"activations must be (T, K), not of shape {tuple(activations.x.shape)}")
     for weight in weights:
-        _check(x, weight, 2)
-    activations = Activations(x)
+        _check(activations.x, weight, 2)
     return _products(activations, weights, precision)
 
 
 def expert_matmul(
-    x: torch.Tensor,
+    x: torch.Tensor | Activations,
     weights: Sequence[Weight],
     experts: torch.Tensor,
     precision: Literal["exact", "default", "fast"],
@@ -50,12 +50,13 @@ def expert_matmul(
     `matmul`, where few rows are few pairs of a token and an expert. `Weight.scale` is not applied. Nothing waits for
     the device. Raises ValueError for shapes, dtypes and formats that do not fit.
     """
+    activations = Activations.of(x)
     for weight in weights:
-        _check(x, weight, 3)
-    if x.shape[:-1] not in (experts.shape[:1], experts.shape):
-        raise ValueError(f"activations of shape {tuple(x.shape)} do not fit experts of shape {tuple(experts.shape)}")
-    activations = Activations(x.flatten(0, -2))
-    pairs = Pairs(experts, weights[0].shape[0], experts.shape[1] if x.ndim == 2 else 1)
+        _check(activations.x, weight, 3)
+    shape = activations.x.shape
+    if shape[:-1] not in (experts.shape[:1], experts.shape):
+        raise ValueError(f"activations of shape {tuple(shape)} do not fit experts of shape {tuple(experts.shape)}")
+    pairs = Pairs(experts, weights[0].shape[0], experts.shape[1] if len(shape) == 2 else 1)
     return [y.unflatten(0, experts.shape) for y in _products(activations, weights, precision, pairs)]
 
 
@@ -76,7 +77,7 @@ def _products(
         return [activations.x.new_empty((0, weight.out_features)) for weight in weights]
     exact = precision == "exact"
     streamed = [few and not (exact and FORMATS[weight.format].integer) for weight in weights]
-    few_rows = gemv(activations, list(compress(weights, streamed)), _LIMBS.get(precision, 0), pairs)
+    few_rows = gemv(activations, list(compress(weights, streamed)), LIMBS.get(precision, 0), pairs)
     return [
         few_rows.pop(0) if by_gemv else gemm(activations, weight, exact or FORMATS[weight.format].wide, pairs)
         for weight, by_gemv in zip(weights, streamed, strict=True)

@@ -1,10 +1,12 @@
-"""Normalisation of the residual stream, or of heads, with the residual's addition in the same launch."""
+"""Normalisation of the residual stream, or of heads: the residual's addition and the rounding in the same launch."""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
+
+from trichord.triton_kernels.activations import Activations, store_limbs
 
 MAX_BLOCK = 16384  # elements of a row held in registers at once: 64 a thread with the 8 warps below
 SPAN = 1024  # elements that a program takes at least: several rows where they are short
@@ -22,7 +24,10 @@ def _updated(residual, delta, present, columns, width):
 
 
 @triton.jit
-def _store(output, x, scale, gain, bias, present, columns, width):
+def _store(output, limbs, x, scale, gain, bias, row, present, start, width, LIMBS: tl.constexpr):
+    """The rows' elements from `start` on, as floats and, with LIMBS, as integers."""
+    BLOCK: tl.constexpr = x.shape[1]
+    columns = start + tl.arange(0, BLOCK)[None, :]
     mask = present & (columns < width)
     x *= scale
     if gain is not None:
@@ -30,6 +35,12 @@ def _store(output, x, scale, gain, bias, present, columns, width):
     if bias is not None:
         x += tl.load(bias + columns, mask=mask, other=0.0)
     tl.store(output + columns, x, mask=mask)
+    if LIMBS:
+        GROUPS: tl.constexpr = x.shape[0] * BLOCK // 32
+        group = start // 32 + tl.arange(0, BLOCK // 32)[None, :]
+        valid = tl.reshape(present & (group < width // 32), (GROUPS, 1))
+        group = tl.reshape(row.to(tl.int64) * (width // 32) + group, (GROUPS, 1))
+        store_limbs(tl.reshape(x, (GROUPS, 32)), group, valid, limbs, LIMBS)
 
 
 @triton.jit
@@ -39,6 +50,7 @@ def norm_kernel(
     gain,
     bias,
     output,
+    limbs,
     rows,
     heads,
     width,
@@ -50,6 +62,7 @@ def norm_kernel(
     delta_head_stride,
     epsilon,
     CENTERED: tl.constexpr,
+    LIMBS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -82,10 +95,10 @@ def norm_kernel(
             x = tl.where(mask, tl.load(residual + start + columns, mask=mask, other=0.0) - mean, 0.0)
             sums += x * x
     scale = tl.rsqrt(tl.sum(sums, axis=1, keep_dims=True) / width + epsilon)
-    _store(output, first, scale, gain, bias, present, columns, width)
+    _store(output, limbs, first, scale, gain, bias, row, present, 0, width, LIMBS)
     for start in range(BLOCK, width, BLOCK):
         x = tl.load(residual + start + columns, mask=present & (start + columns < width), other=0.0) - mean
-        _store(output, x, scale, gain, bias, present, start + columns, width)
+        _store(output, limbs, x, scale, gain, bias, row, present, start, width, LIMBS)
 
 
 def norm(
@@ -96,13 +109,15 @@ def norm(
     *,
     bias: torch.Tensor | None = None,
     centered: bool = False,
-) -> torch.Tensor:
+    prepare: str | None = None,
+) -> torch.Tensor | Activations:
     """residual (T, K) float32 += delta, in place; returns its normalised rows (T, K) * gain + bias, contiguous.
 
     A row is divided by sqrt(mean(x²) + epsilon) (RMS norm: Zhang and Sennrich, 2019), or, `centered`, by
     sqrt(variance + epsilon) after its mean is subtracted (layer norm: Ba et al., 2016). gain and bias, contiguous, are
     (K,), or (M, K) where row t takes line t % M. residual and delta may be (T, H, D): then each head is a row, row
-    t * H + h, and so is the result's. Only the elements of a row must be adjacent.
+    t * H + h, and so is the result's. Only the elements of a row must be adjacent. With a precision to `prepare` (T, K)
+    for, the result is what `matmul` reads in it.
     """
     *leading, width = residual.shape
     heads = leading[1] if len(leading) == 2 else 1
@@ -110,12 +125,15 @@ def norm(
     output = torch.empty(residual.shape, dtype=torch.float32, device=residual.device)
     block = min(triton.next_power_of_2(width), MAX_BLOCK // 2 if centered else MAX_BLOCK)  # the mean costs registers
     rows_together = max(1, SPAN // block)
+    activations = Activations(output)
+    count = activations.wanted_limbs(prepare)
     norm_kernel[(triton.cdiv(rows, rows_together),)](
         residual,
         delta,
         gain,
         bias,
         output,
+        activations.new_limbs(count) if count else None,
         rows,
         heads,
         width,
@@ -124,12 +142,13 @@ def norm(
         *_strides(delta),
         epsilon,
         CENTERED=centered,
+        LIMBS=count,
         ROWS=rows_together,
         BLOCK=block,
         num_warps=max(1, min(8, rows_together * block // 256)),
         enable_fp_fusion=True,
     )
-    return output
+    return output if prepare is None else activations
 
 
 def _strides(x: torch.Tensor | None) -> tuple[int, int]:

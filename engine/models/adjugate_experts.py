@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from trichord.dispatch import Prepared
 from trichord.models.config import LayerConfig, ModelConfig
 from trichord.models.feed_forward import Choice, ExpertNetworks, Experts
 from trichord.models.linear import TensorSource
@@ -20,7 +21,7 @@ class AdjugateExperts(Experts):
         if not group or self.adjugates.count * group != self.count:
             raise source.fail(f"{self.adjugates.count} adjugate experts cannot serve {self.count} in groups of {group}")
 
-    def forward(self, x: torch.Tensor, step: Step, choice: Choice | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Prepared, step: Step, choice: Choice | None = None) -> torch.Tensor:
         """x (T, hidden) -> (T, hidden)."""
         logits = self.score(x, step)
         choice = choice or self.best_of(logits)

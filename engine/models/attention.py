@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from trichord.cache import KeyValueCache, KeyValueSpec
+from trichord.dispatch import Prepared
 from trichord.models.config import LayerConfig, ModelConfig
 from trichord.models.linear import Linear, TensorSource, project
 from trichord.models.norm import Norm
@@ -50,7 +51,7 @@ class Attention:
         self.temperature = config.temperature if growing else None
         self.cache = KeyValueSpec(layer.kv_heads, layer.head_size, layer.value_size)
 
-    def forward(self, x: torch.Tensor, step: Step, cache: KeyValueCache) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Prepared, step: Step, cache: KeyValueCache) -> torch.Tensor:
         """x (T, hidden) -> (T, hidden); writes the batch's keys and values into the cache."""
         config, layer, batch = self.config, self.layer, step.batch
         architecture = config.architecture
@@ -89,6 +90,7 @@ class Attention:
             key_scales=cache.key_scales,
             value_scales=cache.value_scales,
         )
+        last = gate is None and not self.sub_norm
         mixed = self.operations.attention(
             q,
             cache.keys,
@@ -107,11 +109,14 @@ class Attention:
             slopes=self.slopes,
             key_scales=cache.key_scales,
             value_scales=cache.value_scales,
-        ).view(len(x), -1)
+            prepare=last,
+        )
+        if not last:
+            mixed = mixed.view(len(x), -1)
         if gate is not None:
             mixed.view(len(x), gate.shape[1], -1).mul_(gate.sigmoid_()[..., None])
         if self.sub_norm:
-            mixed = self.sub_norm(mixed)
+            mixed = self.sub_norm(mixed, prepare=step.precision)
         (y,) = project(mixed, [self.output], step.precision)
         return y if config.value_scale == 1.0 else y.mul_(config.value_scale)
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from trichord.cache import StateCache, StateSpec
+from trichord.dispatch import Prepared
 from trichord.models.config import LayerConfig, ModelConfig
 from trichord.models.linear import TensorSource, project
 from trichord.models.norm import Norm
@@ -87,7 +88,7 @@ class GatedDeltaNet(DeltaNet):
         self.bias = source.vector("ssm_dt.bias", heads)
         self.output = source.linear("ssm_out", hidden, width)
 
-    def forward(self, x: torch.Tensor, step: Step, cache: StateCache) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Prepared, step: Step, cache: StateCache) -> torch.Tensor:
         """x (T, hidden) -> (T, hidden); moves the sequences' states on."""
         products = project(x, self.inputs, step.precision)
         shared = self.heads // self.groups
@@ -128,7 +129,7 @@ class KimiDeltaNet(DeltaNet):
         self.bias = source.vector("ssm_dt.bias", width)
         self.output = source.linear("attn_output", hidden, width)
 
-    def forward(self, x: torch.Tensor, step: Step, cache: StateCache) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Prepared, step: Step, cache: StateCache) -> torch.Tensor:
         """x (T, hidden) -> (T, hidden); moves the sequences' states on."""
         q, k, v, learning, forgetting, gate = project(x, self.inputs, step.precision)
         (forgetting,) = project(forgetting, [self.forgetting], step.precision)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from trichord.dispatch import Activation, Operations
+from trichord.dispatch import Activation, Operations, Precision, Prepared
 from trichord.models.config import LayerConfig, ModelConfig
-from trichord.models.linear import TensorSource, project, project_experts
+from trichord.models.linear import TensorSource, floats, project, project_experts
 from trichord.models.norm import Norm
 from trichord.models.step import Step
 
@@ -40,15 +40,19 @@ class FeedForward:
         self.sub_norm = Norm.of_heads(source, "ffn_sub_norm", 1, down[-1], config) if sub_norm else None
         self.factors = None if divisors is None else divisors.reciprocal()
 
-    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Prepared, step: Step) -> torch.Tensor:
         """x (T, hidden) -> (T, hidden)."""
-        y = activated(self.operations, project(x, self.inputs, step.precision), self.gated_width, self.activation)
+        products = project(x, self.inputs, step.precision)
+        last = self.factors is None and not self.sub_norm
+        y = activated(
+            self.operations, products, self.gated_width, self.activation, prepare=step.precision if last else None
+        )
         if self.factors is not None:
             y *= self.factors
         if self.sub_norm:
-            y = self.sub_norm(y)
+            y = self.sub_norm(y, prepare=step.precision)
         (y,) = project(y, [self.output], step.precision)
-        return y if self.share is None else y.mul_((x @ self.share).sigmoid_()[:, None])
+        return y if self.share is None else y.mul_((floats(x) @ self.share).sigmoid_()[:, None])
 
 
 class ExpertNetworks:
@@ -80,14 +84,16 @@ class ExpertNetworks:
         )
         self.gated_width = width if fused else 0
 
-    def forward(self, x: torch.Tensor, step: Step, choice: Choice) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Prepared, step: Step, choice: Choice) -> torch.Tensor:
         """x (T, hidden) -> (T, hidden), through the chosen experts."""
         chosen, weights = choice
         if self.narrowing:
             (x,) = project(x, [self.narrowing], step.precision)
-        inputs = (x[:, None] * weights[..., None]).contiguous() if self.weights_first else x
+        inputs = (floats(x)[:, None] * weights[..., None]).contiguous() if self.weights_first else x
         products = project_experts(inputs, self.inputs, chosen, step.precision)
-        y = activated(self.operations, products, self.gated_width, self.activation, self.clamp)
+        y = activated(
+            self.operations, products, self.gated_width, self.activation, self.clamp, prepare=step.precision
+        )
         (y,) = project_experts(y, [self.output], chosen, step.precision)
         y = y.sum(1) if self.weights_first else torch.bmm(weights[:, None], y)[:, 0]
         return project(y, [self.widening], step.precision)[0] if self.widening else y
@@ -107,7 +113,7 @@ class Experts(ExpertNetworks):
         names = ("exp_probs_b.bias", "exp_probs_b")
         self.bias = next((source.vector(name, self.count) for name in names if source.has_tensor(name)), None)
 
-    def score(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+    def score(self, x: torch.Tensor | Prepared, step: Step) -> torch.Tensor:
         """The logits (T, X) of all experts for x (T, hidden)."""
         return project(x, [self.router], step.precision)[0]
 
@@ -125,7 +131,7 @@ class Experts(ExpertNetworks):
             scale=routing.scale,
         )
 
-    def forward(self, x: torch.Tensor, step: Step, choice: Choice | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Prepared, step: Step, choice: Choice | None = None) -> torch.Tensor:
         """x (T, hidden) -> (T, hidden), through the experts chosen by x itself or already."""
         return super().forward(x, step, choice or self.best_of(self.score(x, step)))
 
@@ -136,7 +142,9 @@ def activated(
     gated_width: int,
     activation: Activation,
     clamp: float = 0.0,
-) -> torch.Tensor:
+    *,
+    prepare: Precision | None = None,
+) -> torch.Tensor | Prepared:
     """Gate and up projections (..., F), one after the other or side by side in one (..., 2F), or up alone.
 
     With a clamp, what is multiplied is bounded: activation(gate) from above, up to both sides.
@@ -146,4 +154,4 @@ def activated(
     gate, up = products if len(products) == 2 else (products[0], None)
     if clamp and up is not None:
         return operations.activate(gate, None, activation).clamp_(max=clamp).mul_(up.clamp(-clamp, clamp))
-    return operations.activate(gate, up, activation)
+    return operations.activate(gate, up, activation, prepare=prepare)

@@ -7,6 +7,7 @@ import math
 import torch
 
 from trichord.cache import KeyValueCache, KeyValueSpec, LatentSpec
+from trichord.dispatch import Prepared
 from trichord.models.config import LayerConfig, ModelConfig
 from trichord.models.linear import TensorSource, project, project_experts
 from trichord.models.norm import Norm
@@ -57,7 +58,7 @@ class LatentAttention:
         stretch = layer.rotary.log_multiplier * math.log(layer.rotary.factor) if layer.rotary else 0.0
         self.scale = (1.0 + stretch) ** 2 * (config.attention_scale or layer.head_size**-0.5)
 
-    def forward(self, x: torch.Tensor, step: Step, cache: KeyValueCache) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Prepared, step: Step, cache: KeyValueCache) -> torch.Tensor:
         """x (T, hidden) -> (T, hidden); writes the batch's latents, or keys and values, into the cache."""
         tokens, heads, batch = len(x), self.layer.heads, step.batch
         q, latent = project(x, self.inputs, step.precision)

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from trichord.cache import Cache
+from trichord.dispatch import Precision, Prepared
 from trichord.models.adjugate_experts import AdjugateExperts
 from trichord.models.config import LayerConfig, ModelConfig
 from trichord.models.feed_forward import Experts, FeedForward
-from trichord.models.linear import TensorSource
+from trichord.models.linear import TensorSource, floats
 from trichord.models.mixers import mixers
 from trichord.models.norm import Norm
 from trichord.models.step import Step
@@ -62,9 +63,11 @@ class DecoderLayer:
         """Adds `delta`, and all but this layer's last contribution, to the residual (T, hidden); returns that one."""
         x, mixed = residual, delta
         if self.mixers:
-            x = self._enter(self.attention_norm, residual, delta)
+            x = self._enter(self.attention_norm, residual, delta, step)
         choice = self.experts.best_of(self.experts.score(residual, step)) if self.experts and self.early else None
-        ahead = [self.experts.forward(self.expert_norm(residual), step)] if self.experts and self.expert_norm else []
+        ahead = []
+        if self.experts and self.expert_norm:
+            ahead = [self.experts.forward(self.expert_norm(residual, prepare=step.precision), step)]
         if self.mixers:
             mixed = sum_of([mixer.forward(x, step, cache) for mixer, cache in zip(self.mixers, caches, strict=True)])
         if self.normed_stream:
@@ -77,9 +80,9 @@ class DecoderLayer:
         if not self.networks and not self.experts:
             return mixed
         if self.parallel:
-            y = self.feed_forward_norm(residual) if self.feed_forward_norm else x
+            y = self.feed_forward_norm(residual, prepare=step.precision) if self.feed_forward_norm else x
         else:
-            y = self._enter(self.feed_forward_norm, residual, mixed)
+            y = self._enter(self.feed_forward_norm, residual, mixed, step)
         outputs = [network.forward(y, step) for network in self.networks]
         outputs += ahead or ([self.experts.forward(y, step, choice)] if self.experts else [])
         output = sum_of(outputs)
@@ -88,10 +91,12 @@ class DecoderLayer:
             output.add_(mixed)
         return output if self.skip is None else output.add_(step.embedded * self.skip)
 
-    def _enter(self, norm: Norm | None, residual: torch.Tensor, delta: torch.Tensor | None) -> torch.Tensor:
-        x = enter(norm, residual, delta)
+    def _enter(
+        self, norm: Norm | None, residual: torch.Tensor, delta: torch.Tensor | None, step: Step
+    ) -> torch.Tensor | Prepared:
+        x = enter(norm, residual, delta, step.precision)
         if self.kept_scale:
-            torch.mul(x, self.kept_scale, out=residual)
+            torch.mul(floats(x), self.kept_scale, out=residual)
         return x
 
     def _leave(self, norm: Norm | None, y: torch.Tensor) -> torch.Tensor:
@@ -99,10 +104,12 @@ class DecoderLayer:
         return y if self.residual_scale == 1.0 else y.mul_(self.residual_scale)
 
 
-def enter(norm: Norm | None, residual: torch.Tensor, delta: torch.Tensor | None) -> torch.Tensor:
-    """residual += delta; returns what the block behind the norm reads."""
+def enter(
+    norm: Norm | None, residual: torch.Tensor, delta: torch.Tensor | None, prepare: Precision | None = None
+) -> torch.Tensor | Prepared:
+    """residual += delta; returns what the block behind the norm reads: on request, what its products alone do."""
     if norm:
-        return norm(residual, delta)
+        return norm(residual, delta, prepare=prepare)
     return residual if delta is None else residual.add_(delta)
 
 

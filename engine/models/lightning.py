@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from trichord.cache import StateCache, StateSpec
+from trichord.dispatch import Prepared
 from trichord.models.attention import alibi_slopes
 from trichord.models.config import LayerConfig, ModelConfig
 from trichord.models.linear import TensorSource, project
@@ -30,7 +31,7 @@ class LightningAttention:
         self.decay = -rates.to(source.place.device)[:, None]
         self.cache = StateSpec(((self.heads, size, size),))
 
-    def forward(self, x: torch.Tensor, step: Step, cache: StateCache) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Prepared, step: Step, cache: StateCache) -> torch.Tensor:
         """x (T, hidden) -> (T, hidden); moves the sequences' states on."""
         batch = step.batch
         mixed, gate = project(x, self.inputs, step.precision)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from trichord.device import Place
-from trichord.dispatch import Precision, expert_matmul, matmul
+from trichord.dispatch import Precision, Prepared, expert_matmul, matmul
 from trichord.errors import ModelError
 from trichord.gguf_file import GGUFFile
 from trichord.models.lora import Adapter, LowRank
@@ -25,19 +25,24 @@ class Linear:
     adapters: tuple[LowRank, ...] = ()
 
 
-def project(x: torch.Tensor, linears: Sequence[Linear], precision: Precision) -> list[torch.Tensor]:
+def floats(x: torch.Tensor | Prepared) -> torch.Tensor:
+    """The rows themselves, for what is no product."""
+    return x if isinstance(x, torch.Tensor) else x.x
+
+
+def project(x: torch.Tensor | Prepared, linears: Sequence[Linear], precision: Precision) -> list[torch.Tensor]:
     """x (T, K) through several linears that share their input and device: [(T, N), ...]."""
     products = matmul(x, [linear.weight for linear in linears], precision)
     for y, linear in zip(products, linears, strict=True):
         if linear.bias is not None:
             y += linear.bias
         for adapter in linear.adapters:
-            y += adapter.of(x)
+            y += adapter.of(floats(x))
     return products
 
 
 def project_experts(
-    x: torch.Tensor, linears: Sequence[Linear], experts: torch.Tensor, precision: Precision
+    x: torch.Tensor | Prepared, linears: Sequence[Linear], experts: torch.Tensor, precision: Precision
 ) -> list[torch.Tensor]:
     """x (T, K) or (T, E, K) through the matrices of each token's experts (T, E): [(T, E, N), ...]."""
     products = expert_matmul(x, [linear.weight for linear in linears], experts, precision)
@@ -45,7 +50,7 @@ def project_experts(
         if linear.bias is not None:
             y += linear.bias[experts.long()]
         for adapter in linear.adapters:
-            y += adapter.of_experts(x, experts)
+            y += adapter.of_experts(floats(x), experts)
     return products
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from trichord.cache import StateCache, StateSpec
+from trichord.dispatch import Prepared
 from trichord.models.config import LayerConfig, ModelConfig
 from trichord.models.linear import TensorSource, project
 from trichord.models.norm import Norm
@@ -42,7 +43,7 @@ class Mamba:
         self.output = source.linear("ssm_out", config.hidden_size, inner)
         self.cache = StateSpec(((inner, taps - 1), (self.heads, inner // self.heads, states)))
 
-    def forward(self, x: torch.Tensor, step: Step, cache: StateCache) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Prepared, step: Step, cache: StateCache) -> torch.Tensor:
         """x (T, hidden) -> (T, hidden); moves the sequences' states on."""
         batch, tokens = step.batch, len(x)
         sequences = batch.state_slots, batch.query_starts
@@ -89,7 +90,7 @@ class Mamba2:
         self.output = source.linear("ssm_out", config.hidden_size, inner)
         self.cache = StateSpec(((channels, taps - 1), (heads, inner // heads, states)))
 
-    def forward(self, x: torch.Tensor, step: Step, cache: StateCache) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Prepared, step: Step, cache: StateCache) -> torch.Tensor:
         """x (T, hidden) -> (T, hidden); moves the sequences' states on."""
         batch, tokens = step.batch, len(x)
         sequences = batch.state_slots, batch.query_starts

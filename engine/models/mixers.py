@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from trichord.cache import CacheSpec, KeyValueSpec
+from trichord.dispatch import Prepared
 from trichord.models.attention import Attention
 from trichord.models.config import LayerConfig, ModelConfig
 from trichord.models.delta_net import GatedDeltaNet, KimiDeltaNet
@@ -23,7 +24,7 @@ class Mixer(Protocol):
 
     cache: CacheSpec
 
-    def forward(self, x: torch.Tensor, step: Step, cache: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Prepared, step: Step, cache: Any) -> torch.Tensor:
         """x (T, hidden) -> (T, hidden); the cache takes the batch's tokens."""
 
 
@@ -34,7 +35,7 @@ class Projection:
         self.output = source.linear("attn_output", config.hidden_size, config.hidden_size)
         self.cache = KeyValueSpec(0, layer.head_size, layer.value_size)
 
-    def forward(self, x: torch.Tensor, step: Step, cache: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Prepared, step: Step, cache: Any) -> torch.Tensor:
         """x (T, hidden) -> (T, hidden); nothing is kept."""
         return project(x, [self.output], step.precision)[0]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trichord.dispatch import Operations
+from trichord.dispatch import Operations, Precision, Prepared
 from trichord.models.config import ModelConfig
 from trichord.models.linear import TensorSource
 from trichord.models.record import BARE
@@ -68,9 +68,13 @@ class Norm:
             gain = gain.repeat(1, size)
         return cls(source.place.operations, gain, bias, config.norm_epsilon, centered)
 
-    def __call__(self, x: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
-        """x (T, K) += delta, in place; returns its normalised rows."""
-        return self.operations.norm(x, self.gain, self.epsilon, delta, bias=self.bias, centered=self.centered)
+    def __call__(
+        self, x: torch.Tensor, delta: torch.Tensor | None = None, *, prepare: Precision | None = None
+    ) -> torch.Tensor | Prepared:
+        """x (T, K) += delta, in place; returns its normalised rows, on request for products alone to read."""
+        return self.operations.norm(
+            x, self.gain, self.epsilon, delta, bias=self.bias, centered=self.centered, prepare=prepare
+        )
 
     def of_rows(self, x: torch.Tensor) -> torch.Tensor:
         """x (T, H, D) normalised head by head, or over runs as wide as the gain, of the same shape."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from trichord.cache import StateCache, StateSpec
+from trichord.dispatch import Prepared
 from trichord.models.config import LayerConfig, ModelConfig
 from trichord.models.linear import TensorSource, project
 from trichord.models.step import Step
@@ -21,7 +22,7 @@ class ShortConvolution:
         self.output = source.linear("shortconv.out_proj", width, width)
         self.cache = StateSpec(((width, taps - 1),))
 
-    def forward(self, x: torch.Tensor, step: Step, cache: StateCache) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Prepared, step: Step, cache: StateCache) -> torch.Tensor:
         """x (T, hidden) -> (T, hidden); moves the sequences' states on."""
         batch = step.batch
         (products,) = project(x, [self.input], step.precision)
