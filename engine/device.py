@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import warnings
@@ -73,6 +74,10 @@ def resolve(device: str | torch.device | Place = "auto") -> Place:
 def _gpu(name: str) -> Place:
     if importlib.util.find_spec("triton") is None:
         raise DeviceError(f"Device {name} needs the triton package, which is not installed (it exists for Linux only).")
+    try:
+        triton = importlib.import_module("triton")
+    except Exception as error:  # whatever a broken package raises
+        raise DeviceError(f"Device {name} needs the triton package, which cannot be imported: {error}.") from error
     if interpreting():
         return Place("planes", torch.device("cpu"))
     if not torch.cuda.is_available():
@@ -85,26 +90,30 @@ def _gpu(name: str) -> Place:
         raise DeviceError(f"Device {name} does not exist: this machine has {torch.cuda.device_count()} GPU(s).")
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < _OLDEST_COMPUTE_CAPABILITY:
         raise DeviceError(f"Device {name} ({torch.cuda.get_device_name(device)}) is older than the kernels support.")
+    try:
+        triton.runtime.driver.active.get_current_device()  # the first use builds Triton's link to the driver
+    except Exception as error:  # no C compiler, another driver, ...
+        raise DeviceError(f"Device {name}: Triton {triton.__version__} cannot drive it: {error}.") from error
     return Place("planes", device)
 
 
 @contextmanager
-def memory_errors(what: str) -> Iterator[None]:
-    """Turns running out of memory into a DeviceError that says while doing `what`."""
+def memory_errors(what: str, remedy: str = "") -> Iterator[None]:
+    """Turns running out of memory into a DeviceError that says while doing `what`, and the remedy."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _out_of_memory(what) from error
+        raise _out_of_memory(what, remedy, isinstance(error, torch.OutOfMemoryError)) from error
     except RuntimeError as error:  # torch's CPU allocator has no exception type of its own
         if "allocate memory" not in str(error):
             raise
-        raise _out_of_memory(what) from error
+        raise _out_of_memory(what, remedy, on_gpu=False) from error
 
 
-def _out_of_memory(what: str) -> DeviceError:
-    if torch.cuda.is_available():
+def _out_of_memory(what: str, remedy: str, on_gpu: bool) -> DeviceError:
+    if on_gpu and torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         where = f"the GPU has {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
     else:
         where = f"the machine has {psutil.virtual_memory().available / 2**30:.1f} GiB free"
-    return DeviceError(f"Out of memory while {what}: {where}; try a smaller context_length or fewer gpu_layers.")
+    return DeviceError(f"Out of memory while {what}: {where}{remedy and f'; {remedy}'}.")

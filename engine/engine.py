@@ -54,7 +54,7 @@ class Engine:
         self._piece = piece
         self._lock = threading.Lock()
         spare = 0 if capture is None else 1  # for the idle rows of a graph
-        with memory_errors("allocating the key-value cache"):
+        with memory_errors("allocating the key-value cache", "try a smaller context_length"):
             self.caches = [
                 [
                     spec.allocate(pages + spare, max_sequences + spare, kv_dtype, layer.place.device)
@@ -106,7 +106,7 @@ class Engine:
             raise
 
     def _compute(self, chunks: list[Chunk]) -> None:
-        with memory_errors("computing a step"):
+        with memory_errors("computing a step", "try fewer gpu_layers, or a smaller context_length or max_batch_tokens"):
             parts = self._results(chunks)
         reports = [self._prompt_report(chunk, part) for chunk, part in zip(chunks, parts, strict=True)]
         drawn = self._draw([(c.sequence, part[-1]) for c, part in zip(chunks, parts, strict=True) if c.draws])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as List
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from trichord.hub import find_model
 from trichord.models.config import ModelConfig
 from trichord.models.decoder import Decoder
 from trichord.models.lora import Adapter
+from trichord.offload import AMPLE_CONTEXT, ModelSize, activation_bytes, advice, fitting_layers, model_size
 from trichord.outputs import RequestOutput
 from trichord.progress import progress_bar
 from trichord.sampling_params import SamplingParams
@@ -48,7 +49,8 @@ class LLM:
     path: the file, any part of a split one, "owner/repo" or "owner/repo:Q4_K_M" to fetch it from huggingface.co, or
     None for the demo model. device: "auto", "cpu", "cuda" or "cuda:N".
     precision: "exact" (float32 throughout), "default" or "fast". context_length: None is the model's own. gpu_layers:
-    how many layers, counted from the last, go to the GPU; None is all. kv_dtype: "f32", "f16" or "q8" (8 bits, and a
+    how many layers, counted from the last, go to the GPU; "auto", or None, is as many as its memory holds. cpu_experts:
+    whether the matrices of experts stay on the CPU. kv_dtype: "f32", "f16" or "q8" (8 bits, and a
     scale for each 32 elements: 53% of float16's bytes; latents keep 16 bits); None is float32 for "exact", else
     float16. threads: CPU threads; None follows the machine. max_batch_tokens and max_sequences bound a
     step; cache_bytes bounds the key-value cache (None: what a full step of sequences can use, within the memory free).
@@ -66,7 +68,8 @@ class LLM:
         device: str = "auto",
         precision: Precision = "default",
         context_length: int | None = None,
-        gpu_layers: int | None = None,
+        gpu_layers: int | Literal["auto"] | None = None,
+        cpu_experts: bool = False,
         kv_dtype: str | torch.dtype | None = None,
         threads: int | None = None,
         max_batch_tokens: int = 512,
@@ -90,25 +93,42 @@ class LLM:
         self.config = ModelConfig.from_gguf(self.file)
         self.tokenizer, self._no_tokenizer = _tokenizer(self.file)
         self.context_length = _context(context_length, self.config)
-        places = _places(place, gpu_layers, len(self.config.layers))
-        outer = place if places[0] == place else CPU
-        size = sum(tensor.nbytes for tensor in self.file.tensors.values())
-        with progress_bar("Loading", size, "bytes", progress) as advance:
-            self.model = Decoder(self.file, self.config, places, outer, advance, self._adapters(lora))
-        finish_uploads()
         dtype = _kv_dtype(kv_dtype, precision)
-        pages, sequences = self._capacity(dtype, max_sequences, cache_bytes)
-        self._engine = Engine(
-            self.model,
-            precision=precision,
-            kv_dtype=dtype,
-            pages=pages,
-            max_batch_tokens=max_batch_tokens,
-            max_sequences=sequences,
-            max_pages=pages_for(self.context_length),
-            piece=self.tokenizer.piece if self.tokenizer else str,
-            capture=capture_for(self.model) if graphs else None,
-        )
+        limits = {"max_batch_tokens": max_batch_tokens, "max_sequences": max_sequences}
+        sizes = partial(model_size, self.file, self.config, place, **limits)
+        free = place.free_bytes()
+        # A context that nobody asked for is rather shortened than paid for with layers.
+        asked = min(self.context_length, context_length or AMPLE_CONTEXT)
+        on_gpu = _gpu_layers(place, gpu_layers, len(self.config.layers))
+        if on_gpu is None:
+            on_gpu = _fitting(sizes(dtype, cpu_experts), free, asked)
+        places = [CPU] * (len(self.config.layers) - on_gpu) + [place] * on_gpu
+        outer = place if places[0] == place else CPU
+        expert_place = CPU if cpu_experts and self.config.experts else None
+        file_bytes = sum(tensor.nbytes for tensor in self.file.tensors.values())
+        try:
+            with progress_bar("Loading", file_bytes, "bytes", progress) as advance:
+                adapters = self._adapters(lora)
+                self.model = Decoder(self.file, self.config, places, outer, advance, adapters, expert_place)
+            finish_uploads()
+            working = activation_bytes(self.config, self.model.vocabulary, **limits)
+            pages, sequences = self._capacity(dtype, max_sequences, cache_bytes, working)
+            self._engine = Engine(
+                self.model,
+                precision=precision,
+                kv_dtype=dtype,
+                pages=pages,
+                max_batch_tokens=max_batch_tokens,
+                max_sequences=sequences,
+                max_pages=pages_for(self.context_length),
+                piece=self.tokenizer.piece if self.tokenizer else str,
+                capture=capture_for(self.model) if graphs else None,
+            )
+        except DeviceError as error:
+            if not on_gpu:
+                raise
+            others = _smaller(sizes, dtype, cpu_experts or not self.config.experts)
+            raise DeviceError(f"{error} {advice(sizes(dtype, cpu_experts), free, on_gpu, asked, others)}") from error
         self.load_seconds = time.perf_counter() - started
 
     def generate(
@@ -293,8 +313,10 @@ class LLM:
                 advance(now - finished)
                 finished = now
 
-    def _capacity(self, dtype: torch.dtype, max_sequences: int, cache_bytes: int | None) -> tuple[int, int]:
-        """How many cache pages to allocate, and how many sequences' states.
+    def _capacity(
+        self, dtype: torch.dtype, max_sequences: int, cache_bytes: int | None, working: int
+    ) -> tuple[int, int]:
+        """How many cache pages to allocate, and how many sequences' states, beside the bytes that a GPU works in.
 
         Warns where memory holds the states of fewer sequences, or not even one context: then it is shortened.
         """
@@ -309,7 +331,8 @@ class LLM:
             budget = cache_bytes
             if budget is None:
                 # The CPU's pages are only touched when used, but the memory is shared with everything else.
-                budget = place.free_bytes() * (0.85 if place.device.type == "cuda" else 0.25)
+                free = place.free_bytes()
+                budget = max(free - working, 0) if place.device.type == "cuda" else free // 4
             budgets[place] = budget
             if slots[place]:  # half of the memory at most, where there are positions to remember as well
                 sequences = min(sequences, int(budget / (2 if page_bytes else 1) // slots[place]))
@@ -420,16 +443,34 @@ def _context(asked: int | None, config: ModelConfig) -> int:
     return asked
 
 
-def _places(place: Place, gpu_layers: int | None, layers: int) -> list[Place]:
-    """Where each layer goes: the last `gpu_layers` of them to the GPU."""
-    if gpu_layers is None:
-        return [place] * layers
-    if gpu_layers < 0:
-        raise RequestError(f"gpu_layers must be 0 or more, not {gpu_layers}.")
-    if place == CPU and gpu_layers:
-        raise DeviceError(f"gpu_layers={gpu_layers} needs a GPU, and the device is the CPU.")
-    on_gpu = min(gpu_layers, layers)
-    return [CPU] * (layers - on_gpu) + [place] * on_gpu
+def _gpu_layers(place: Place, asked: int | str | None, layers: int) -> int | None:
+    """How many of the layers go to the GPU; None: as many as fit."""
+    if asked in (None, "auto"):
+        return 0 if place == CPU else None
+    if not isinstance(asked, int) or asked < 0:
+        raise RequestError(f"gpu_layers must be 0 or more, or 'auto', not {asked!r}.")
+    if place == CPU and asked:
+        raise DeviceError(f"gpu_layers={asked} needs a GPU, and the device is the CPU.")
+    return min(asked, layers)
+
+
+def _fitting(size: ModelSize, free: int, context_length: int) -> int:
+    """How many layers fit on the GPU; warns when these are not all."""
+    count, layers = fitting_layers(size, free, pages_for(context_length)), len(size.layers)
+    if count < layers:
+        warnings.warn(
+            f"{free / 2**30:.1f} GiB of free GPU memory hold {count} of the {layers} layers with {context_length} "
+            "positions of context: the others run on the CPU.",
+            stacklevel=3,
+        )
+    return count
+
+
+def _smaller(sizes: Callable[..., ModelSize], dtype: torch.dtype, cpu_experts: bool) -> dict[str, ModelSize]:
+    """The same model by each option that would make it smaller on the GPU."""
+    dtypes = {name: other for name, other in _KV_DTYPES.items() if other.itemsize < dtype.itemsize}
+    smaller = {f"kv_dtype={name}": sizes(other, cpu_experts) for name, other in dtypes.items()}
+    return smaller if cpu_experts else {**smaller, "cpu_experts": sizes(dtype, True)}
 
 
 def _kv_dtype(asked: str | torch.dtype | None, precision: Precision) -> torch.dtype:

@@ -24,6 +24,8 @@ _OPTION_OF = {
     "stop": "--stop",
     "context_length": "--context",
     "gpu_layers": "--gpu-layers",
+    "cpu_experts": "--cpu-experts",
+    "kv_dtype": "--kv-dtype",
 }
 _NAMES = "|".join(_OPTION_OF)
 # A parameter is named at the start of a sentence, and elsewhere only if its name is no word of English.
@@ -94,7 +96,21 @@ def add_machine(
         choices=("exact", "default", "fast"),
         help="float32, 16-bit or 8-bit activations (default: %(default)s)",
     )
-    number("--gpu-layers", int, None, "put only the last N layers on the GPU")
+    group.add_argument(
+        "--gpu-layers",
+        type=_layers,
+        default="auto",
+        metavar="N|auto",
+        help="put the last N layers on the GPU; auto: as many as its memory holds (default: %(default)s)",
+    )
+    group.add_argument(
+        "--cpu-experts",
+        action="store_true",
+        help="keep the matrices of experts on the CPU and the rest of their layers on the GPU",
+    )
+    group.add_argument(
+        "--no-graphs", action="store_true", help="launch each kernel by itself instead of whole steps as CUDA graphs"
+    )
     number("--threads", int, None, "CPU threads (default: one for each core)")
     group.add_argument("-c", "--context", type=int, metavar="N", help=context)
     group.add_argument(
@@ -125,11 +141,18 @@ def load_model(
         precision=options.precision,
         context_length=context_length,
         gpu_layers=options.gpu_layers,
+        cpu_experts=options.cpu_experts,
+        graphs=not options.no_graphs,
         kv_dtype=options.kv_dtype,
         lora=options.lora,
         threads=options.threads,
         max_sequences=max_sequences,
     )
+
+
+def _layers(argument: str) -> int | str:
+    """A number of layers or "auto"."""
+    return argument if argument == "auto" else int(argument)
 
 
 def _adapter(argument: str) -> tuple[str, float]:

@@ -29,7 +29,8 @@ from trichord.rotary import Rotary, RotaryConfig
 
 
 class Decoder:
-    """A whole model. `places` gives each layer its device; the embedding and the output lie on `outer`.
+    """A whole model. `places` gives each layer its device; the embedding and the output lie on `outer`, the matrices of
+    experts, if they are to lie apart from their layers, on `expert_place`.
 
     `loaded` is called with the bytes of each weight as it arrives; `weight_bytes` is their sum. Raises ModelError for a
     tensor that is missing or does not fit the metadata, DeviceError when memory runs out.
@@ -43,10 +44,11 @@ class Decoder:
         outer: Place,
         loaded: Callable[[int], None] = lambda _: None,
         adapters: Sequence[Adapter] = (),
+        expert_place: Place | None = None,
     ) -> None:
         self.config = config
         self.outer = outer
-        self.place = outer if set(places) == {outer} else None
+        self.place = outer if {*places, expert_place or outer} == {outer} else None
         """Where the whole model lies; None where it is spread over devices."""
         self.weight_bytes = 0
 
@@ -54,7 +56,7 @@ class Decoder:
             self.weight_bytes += nbytes
             loaded(nbytes)
 
-        source = TensorSource(file, outer, arrived, config.architecture.unused, tuple(adapters))
+        source = TensorSource(file, outer, arrived, config.architecture.unused, tuple(adapters), "", expert_place)
         self.vocabulary = _vocabulary(file)
         self.embedding = source.weight("token_embd", self.vocabulary, config.hidden_size)
         learned = source.has("position_embd") and config.architecture.learned_positions

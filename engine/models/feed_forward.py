@@ -58,11 +58,12 @@ class FeedForward:
 class ExpertNetworks:
     """Feed-forward networks of which each token takes a few. `suffix` distinguishes their tensors.
 
-    They may work on a narrower vector, into which the stream is projected before them, and back behind them.
+    They may work on a narrower vector, into which the stream is projected before them, and back behind them, and on
+    another device than the rest of the layer.
     """
 
     def __init__(self, source: TensorSource, config: ModelConfig, layer: LayerConfig, suffix: str) -> None:
-        self.operations = source.place.operations
+        self.home, self.operations = source.place, source.place.operations
         self.activation = config.architecture.activation
         self.weights_first = config.architecture.experts.weights_first
         self.clamp = layer.expert_clamp
@@ -74,13 +75,15 @@ class ExpertNetworks:
             self.widening = source.linear("ffn_latent_up", hidden, narrow)
             hidden = narrow
         self.count, width = source.shape(f"ffn_down{suffix}")[::2]
-        self.output = source.linear(f"ffn_down{suffix}", self.count, hidden, width)
+        matrices = source.of_experts()
+        self.place = matrices.place
+        self.output = matrices.linear(f"ffn_down{suffix}", self.count, hidden, width)
         fused = source.has(f"ffn_gate_up{suffix}")
         sides = ("gate", "up") if source.has(f"ffn_gate{suffix}") else ("up",)
         self.inputs = (
-            [source.linear(f"ffn_gate_up{suffix}", self.count, 2 * width, hidden)]
+            [matrices.linear(f"ffn_gate_up{suffix}", self.count, 2 * width, hidden)]
             if fused
-            else [source.linear(f"ffn_{side}{suffix}", self.count, width, hidden) for side in sides]
+            else [matrices.linear(f"ffn_{side}{suffix}", self.count, width, hidden) for side in sides]
         )
         self.gated_width = width if fused else 0
 
@@ -89,13 +92,16 @@ class ExpertNetworks:
         chosen, weights = choice
         if self.narrowing:
             (x,) = project(x, [self.narrowing], step.precision)
+        if self.place != self.home:
+            x, chosen, weights = (part.to(self.place.device) for part in (floats(x), chosen, weights))
         inputs = (floats(x)[:, None] * weights[..., None]).contiguous() if self.weights_first else x
         products = project_experts(inputs, self.inputs, chosen, step.precision)
         y = activated(
-            self.operations, products, self.gated_width, self.activation, self.clamp, prepare=step.precision
+            self.place.operations, products, self.gated_width, self.activation, self.clamp, prepare=step.precision
         )
         (y,) = project_experts(y, [self.output], chosen, step.precision)
         y = y.sum(1) if self.weights_first else torch.bmm(weights[:, None], y)[:, 0]
+        y = y.to(self.home.device)
         return project(y, [self.widening], step.precision)[0] if self.widening else y
 
 

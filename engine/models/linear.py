@@ -59,7 +59,7 @@ class TensorSource:
     """Loads the tensors below `prefix` to one device, checking each against the shape that is expected of it.
 
     `loaded` is told the bytes of every weight. Optional tensors among `unused` count as missing. `adapters` change
-    the linears they have tensors for.
+    the linears they have tensors for. `expert_place` is where experts' matrices go, if not to `place`.
     """
 
     file: GGUFFile
@@ -68,10 +68,15 @@ class TensorSource:
     unused: tuple[str, ...] = ()
     adapters: tuple[Adapter, ...] = ()
     prefix: str = ""
+    expert_place: Place | None = None
 
     def within(self, prefix: str) -> TensorSource:
         """The tensors below a further prefix."""
         return replace(self, prefix=f"{self.prefix}{prefix}")
+
+    def of_experts(self) -> TensorSource:
+        """The same tensors, loaded to where experts' matrices go."""
+        return replace(self, place=self.expert_place or self.place)
 
     def has(self, name: str) -> bool:
         """Whether the file has `name.weight`."""
