@@ -116,9 +116,7 @@ def test_a_whole_model():
     for llm in (rounded, in_steps):  # the later steps read what the earlier ones wrote
         assert 1e-5 < relative_error(llm.logits(TOKENS), logits) < 1e-2
     params = SamplingParams(max_tokens=20, temperature=0)
-    texts = [
-        [output.outputs[0].text for output in llm.generate(["Once upon", "The"], params)] for llm in (exact, rounded)
-    ]
+    texts = [llm.generate("Once upon", params)[0].outputs[0].text for llm in (exact, rounded)]
     assert texts[0] == texts[1] and len(texts[0]) > 40
 
 
