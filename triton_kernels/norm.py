@@ -8,7 +8,7 @@ import triton.language as tl
 
 from trichord.triton_kernels.activations import Activations, store_limbs
 
-MAX_BLOCK = 16384  # elements of a row held in registers at once: 64 a thread with the 8 warps below
+MAX_BLOCK = 8192  # elements of a row held in registers at once: 16 a thread with the 16 warps below
 SPAN = 1024  # elements that a program takes at least: several rows where they are short
 
 
@@ -123,7 +123,7 @@ def norm(
     heads = leading[1] if len(leading) == 2 else 1
     rows = leading[0] * heads
     output = torch.empty(residual.shape, dtype=torch.float32, device=residual.device)
-    block = min(triton.next_power_of_2(width), MAX_BLOCK // 2 if centered else MAX_BLOCK)  # the mean costs registers
+    block = min(triton.next_power_of_2(width), MAX_BLOCK)
     rows_together = max(1, SPAN // block)
     activations = Activations(output)
     count = activations.wanted_limbs(prepare)
@@ -145,7 +145,7 @@ def norm(
         LIMBS=count,
         ROWS=rows_together,
         BLOCK=block,
-        num_warps=max(1, min(8, rows_together * block // 256)),
+        num_warps=max(1, min(16, rows_together * block // 256)),
         enable_fp_fusion=True,
     )
     return output if prepare is None else activations
