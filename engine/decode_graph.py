@@ -55,7 +55,7 @@ class DecodeGraphs:
         self._model, self._caches, self._precision = model, caches, precision
         self._max_pages, self._scratch = max_pages, scratch
         self._capture: Capture | None = capture
-        self._graphs: dict[int, tuple[DecodeInputs, Compute]] = {}
+        self._graphs: dict[int, tuple[Batch, DecodeInputs, Compute]] = {}
 
     def logits(self, batch: Batch) -> torch.Tensor | None:
         """The logits (S, vocabulary) of a batch of S sequences of one token, valid until the next call.
@@ -65,16 +65,15 @@ class DecodeGraphs:
         size = padded_size(len(batch.token_ids))
         if batch.max_query != 1 or size is None or self._capture is None:
             return None
-        idle = scratch_batch(size, self._max_pages, self._scratch)
         if size not in self._graphs:
             try:
-                self._graphs[size] = self._captured(idle)
+                self._graphs[size] = self._captured(size)
             except Exception as error:  # Triton, torch and the driver each have exceptions of their own
                 self._capture = None
                 self._graphs.clear()
                 warnings.warn(f"Decoding goes on without CUDA graphs: {error}", stacklevel=2)
                 return None
-        inputs, replay = self._graphs[size]
+        idle, inputs, replay = self._graphs[size]
         if len(batch.new_slots):
             # The scratch state starts anew as well, lest it grow for ever.
             slots = torch.cat((batch.new_slots, batch.new_slots.new_tensor([self._scratch.slot])))
@@ -82,9 +81,10 @@ class DecodeGraphs:
         inputs.load(padded(batch, idle))
         return replay()[: len(batch.token_ids)]
 
-    def _captured(self, idle: Batch) -> tuple[DecodeInputs, Compute]:
-        """Captures with idle rows, which change no sequence's state."""
+    def _captured(self, size: int) -> tuple[Batch, DecodeInputs, Compute]:
+        """The idle batch, the inputs and the replay; captured with idle rows, which change no sequence's state."""
         assert self._capture is not None
+        idle = scratch_batch(size, self._max_pages, self._scratch)
         inputs = DecodeInputs(idle, self._model.outer.device)
         inputs.load(idle)
 
@@ -92,7 +92,7 @@ class DecodeGraphs:
             hidden = self._model.forward(inputs.batch, self._caches, self._precision)
             return self._model.logits(hidden, self._precision)
 
-        return inputs, self._capture(compute)
+        return idle, inputs, self._capture(compute)
 
 
 class DecodeInputs:

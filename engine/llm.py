@@ -332,7 +332,7 @@ class LLM:
             if budget is None:
                 # The CPU's pages are only touched when used, but the memory is shared with everything else.
                 free = place.free_bytes()
-                budget = max(free - working, 0) if place.device.type == "cuda" else free // 4
+                budget = max(free - working, free // 4) if place.device.type == "cuda" else free // 4
             budgets[place] = budget
             if slots[place]:  # half of the memory at most, where there are positions to remember as well
                 sequences = min(sequences, int(budget / (2 if page_bytes else 1) // slots[place]))

@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from host_reads import CONSTANTS, READS, Calls
 from support import parity
 from tiny_model import write_tiny_model
 
@@ -167,3 +168,37 @@ def test_inputs_stay_where_they_are_and_hold_the_last_batch(size, max_pages):
             assert getattr(inputs.batch, name).is_contiguous()
             torch.testing.assert_close(getattr(inputs.batch, name), getattr(batch, name), rtol=0, atol=0)
     assert places == [getattr(inputs.batch, name).data_ptr() for name in names]
+
+
+@pytest.mark.parametrize("name", ["llama-dense", "deepseek2-moe", "llama4-moe", "mamba2-dense", "qwen3next-moe"])
+def test_a_step_of_single_tokens_can_be_captured(name):
+    """It reads nothing of the device and makes no tensor of the host's numbers, once it has run."""
+    llm = LLM(parity(f"archs/{name}.gguf"), device="cuda", context_length=64, max_sequences=2)
+    model, caches = llm.model, llm._engine.caches
+    batch = scratch_batch(1, 1, Scratch(page=0, slot=0))
+    with torch.inference_mode():
+        model.forward(batch, caches, "default")
+        with Calls(*READS, *CONSTANTS) as calls:
+            model.logits(model.forward(batch, caches, "default"), "default")
+    assert not calls.made
+
+
+def test_what_cannot_be_captured_is_found():
+    with Calls(*READS, *CONSTANTS) as calls:
+        rows = torch.tensor([1.0, 2.0])
+        if (rows > 0).all():
+            rows.nonzero()
+    assert calls.made == ["aten::lift_fresh", "aten::_local_scalar_dense", "aten::nonzero"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["llama-dense", "qwen3moe-moe", "deepseek2-moe", "mamba-dense", "qwen3next-moe"])
+def test_graphs_on_a_gpu_give_the_same_tokens(name, recwarn):
+    llms = [
+        LLM(parity(f"archs/{name}.gguf"), device="cuda", context_length=128, max_sequences=8, graphs=graphs)
+        for graphs in (True, False)
+    ]
+    with_graphs, without = (completions(llm) for llm in llms)
+    assert with_graphs == without
+    assert sorted(llms[0]._engine._graphs._graphs) == [1, 2, 4, 8]
+    assert not [warning for warning in recwarn if "CUDA graphs" in str(warning.message)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from tiny_model import FEED_FORWARD, HIDDEN, KV_HEADS, LAYERS, VOCABULARY, write
 
 from trichord import LLM
 from trichord.cache import PAGE_SIZE
+from trichord.commands.options import add_machine, in_options, load_model
 from trichord.device import CPU, Place, resolve
 from trichord.errors import DeviceError, RequestError
 from trichord.gguf_file import GGUFFile
@@ -278,3 +280,25 @@ def test_a_gpu_that_cannot_serve(gpu, trouble):
     with pytest.warns(UserWarning, match=f"{message}.*Running on the CPU instead") as caught:
         assert resolve("auto") == CPU
     assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], {"gpu_layers": "auto", "cpu_experts": False, "graphs": True}),
+        (["--gpu-layers", "auto", "--cpu-experts"], {"gpu_layers": "auto", "cpu_experts": True, "graphs": True}),
+        (["--gpu-layers", "7", "--no-graphs"], {"gpu_layers": 7, "cpu_experts": False, "graphs": False}),
+    ],
+)
+def test_options_of_the_command_line(arguments, expected, monkeypatch):
+    given = {}
+    monkeypatch.setattr("trichord.llm.LLM", lambda path, **options: given.update(options))
+    parser = argparse.ArgumentParser()
+    add_machine(parser)
+    load_model(parser.parse_args(arguments), "model.gguf", None)
+    assert {name: given[name] for name in expected} == expected
+
+
+def test_advice_names_the_command_line_s_options():
+    sentence = in_options(advice(BIG, 17 * GIB, 10, 64 * PAGE_SIZE, {"kv_dtype=q8": SIZE, "cpu_experts": SIZE}))
+    assert sentence.endswith("--gpu-layers=8 or --context=2432 or --kv-dtype=q8 or --cpu-experts would fit.")

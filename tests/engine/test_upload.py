@@ -67,3 +67,12 @@ def test_a_whole_array_may_be_cut_from_another():
 def test_on_the_cpu_nothing_is_copied():
     blocks = np.zeros((2, 3), np.uint8)
     assert upload(blocks, torch.device("cpu")).data_ptr() == blocks.ctypes.data
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_arrives_on_a_gpu_is_what_was_sent():
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(0, 256, (rows, 1000), np.uint8) for rows in (1, 3000, 70)]
+    uploading = Upload(torch.device("cuda", torch.cuda.current_device()), 1 << 16)
+    for array, tensor in zip(arrays, [uploading(array) for array in arrays], strict=True):
+        np.testing.assert_array_equal(tensor.cpu().numpy(), array)
