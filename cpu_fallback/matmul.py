@@ -52,8 +52,13 @@ def embedding(ids: torch.Tensor, weight: Weight) -> torch.Tensor:
     return values
 
 
-def matmul(x: torch.Tensor, weights: Sequence[Weight], precision: str) -> list[torch.Tensor]:
-    """x (T, K) float32 -> [x @ W.T (T, N) float32 for each weight], without `weight.scale`."""
+def matmul(
+    x: torch.Tensor,
+    weights: Sequence[Weight],
+    precision: str,
+    biases: Sequence[torch.Tensor | None] | None = None,
+) -> list[torch.Tensor]:
+    """x (T, K) float32 -> [x @ W.T (T, N) float32 for each weight], times `weight.scale`, plus its bias (N,) if any."""
     x = x.contiguous()
     results = [torch.empty(x.shape[0], weight.out_features) for weight in weights]
     products = []
@@ -67,6 +72,11 @@ def matmul(x: torch.Tensor, weights: Sequence[Weight], precision: str) -> list[t
         from trichord.cpu_fallback.in_place import multiply
 
         multiply(x, products)
+    for weight, bias, y in zip(weights, biases or [None] * len(weights), results, strict=True):
+        if weight.scale != 1.0:
+            y *= weight.scale
+        if bias is not None:
+            y += bias
     return results
 
 

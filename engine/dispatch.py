@@ -55,8 +55,17 @@ class Operations(Protocol):
     def dequantize(self, weight: Weight) -> torch.Tensor:
         """The whole weight as float32 of `weight.shape` (without `weight.scale`)."""
 
-    def matmul(self, x: torch.Tensor | Prepared, weights: Sequence[Weight], precision: Precision) -> list[torch.Tensor]:
-        """x (T, K) -> [x @ W.T (T, N) for each weight]. The weights share K; what x needs is prepared once."""
+    def matmul(
+        self,
+        x: torch.Tensor | Prepared,
+        weights: Sequence[Weight],
+        precision: Precision,
+        biases: Sequence[torch.Tensor | None] | None = None,
+    ) -> list[torch.Tensor]:
+        """x (T, K) -> [x @ W.T (T, N) for each weight], each times `Weight.scale`, plus its bias (N,) where it has one.
+
+        The weights share K; what x needs is prepared once.
+        """
 
     def expert_matmul(
         self, x: torch.Tensor | Prepared, weights: Sequence[Weight], experts: torch.Tensor, precision: Precision
@@ -262,10 +271,14 @@ def set_threads(count: int) -> None:
     importlib.import_module(_BACKENDS["blocks"]).set_threads(count)
 
 
-def matmul(x: torch.Tensor | Prepared, weights: Sequence[Weight], precision: Precision) -> list[torch.Tensor]:
-    """x (T, K) float32 -> [x @ W.T (T, N)] for weights that share their layout, device and K."""
-    products = operations(weights[0].layout).matmul(x, weights, precision)
-    return [y if w.scale == 1.0 else y.mul_(w.scale) for y, w in zip(products, weights, strict=True)]
+def matmul(
+    x: torch.Tensor | Prepared,
+    weights: Sequence[Weight],
+    precision: Precision,
+    biases: Sequence[torch.Tensor | None] | None = None,
+) -> list[torch.Tensor]:
+    """x (T, K) float32 -> [x @ W.T + bias (T, N)] for weights that share their layout, device and K."""
+    return operations(weights[0].layout).matmul(x, weights, precision, biases)
 
 
 def expert_matmul(

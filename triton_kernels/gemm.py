@@ -21,6 +21,8 @@ def gemm_kernel(
     x,
     scales,
     y,
+    scale,
+    bias,
     order,
     tiles,
     rows,
@@ -35,7 +37,7 @@ def gemm_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """y (tokens, rows) = x (tokens, stride) times the transposed weight, one tile a program.
+    """y (tokens, rows) = x (tokens, stride) times the transposed weight times scale + bias, one tile a program.
 
     The weights are the first operand, so that they go from the registers where they were decoded into the product.
     EXACT multiplies float32 x in float32; otherwise x is float16 in fragment order and each of its rows has a scale.
@@ -83,14 +85,20 @@ def gemm_kernel(
             accumulator = half_dot(fragment_order(weights.to(tl.float16)), values, accumulator)
     if not EXACT:
         accumulator *= tl.load(scales + token, mask=valid, other=0.0)[None, :]
+    accumulator *= scale
+    if bias is not None:
+        accumulator += tl.load(bias + row)[:, None]
     target = y + (result.to(tl.int64) * rows)[None, :] + index[:, None]
     tl.store(target, accumulator, mask=valid[None, :] & (index < rows)[:, None])
 
 
-def gemm(activations: Activations, weight: Weight, exact: bool, pairs: Pairs | None = None) -> torch.Tensor:
-    """x (T, K) times the transposed weight (N, K) -> (T, N) float32, in float32 or from float16 operands.
+def gemm(
+    activations: Activations, weight: Weight, bias: torch.Tensor | None, exact: bool, pairs: Pairs | None = None
+) -> torch.Tensor:
+    """x (T, K) times the transposed weight (N, K) and its scale + bias -> (T, N) float32.
 
-    With `pairs`, each of them is a row of x times the matrix of its expert in a weight (X, N, K) -> (pairs, N).
+    It is multiplied in float32 or from float16 operands. With `pairs`, each of them is a row of x times the matrix of
+    its expert in a weight (X, N, K), without the scale -> (pairs, N).
     """
     format, rows, columns = FORMATS[weight.format], weight.out_features, activations.columns
     if pairs is None:
@@ -108,6 +116,8 @@ def gemm(activations: Activations, weight: Weight, exact: bool, pairs: Pairs | N
         x,
         scales,
         y,
+        float(weight.scale) if pairs is None else 1.0,
+        bias,
         order,
         table,
         rows,

@@ -64,6 +64,8 @@ def _tile_of_product(
     x,
     limbs,
     y,
+    scale,
+    bias,
     experts,
     rows,
     columns,
@@ -94,9 +96,12 @@ def _tile_of_product(
         else:
             products = _float_products(planes, x, row, inside, token, columns, FORMAT)
         accumulator += tl.where((group < groups)[None, None, :], products, 0.0)
+    product = tl.sum(accumulator, axis=2) * scale
+    if bias is not None:
+        product += tl.load(bias + row)[None, :]
     token = tl.arange(0, TOKENS)[:, None]
     target = y + token.to(tl.int64) * rows + index[None, :]
-    tl.store(target, tl.sum(accumulator, axis=2), mask=(token < tokens) & (index < rows)[None, :])
+    tl.store(target, product, mask=(token < tokens) & (index < rows)[None, :])
 
 
 @triton.jit
@@ -105,6 +110,8 @@ def gemv_kernel(
     x,
     limbs,
     y,
+    scales,
+    biases,
     experts,
     rows,
     columns,
@@ -116,19 +123,19 @@ def gemv_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
 ):
-    """y (tokens, rows) = x times the transposed weight, for each weight: BLOCK_ROWS of its rows a program.
+    """y (tokens, rows) = x times the transposed weight times scale + bias, BLOCK_ROWS rows of a weight a program.
 
-    planes, y, rows, FORMATS, BLOCK_ROWS and BLOCK_GROUPS are tuples with an element for each weight. Integer formats
-    read `limbs`: the limbs, scales and sums of x. Indices past the end read the last element instead, and what they
-    give is dropped. With SHARING, y (pairs, rows) is a row of x times the matrix of its expert for each of `experts`
-    (pairs,): SHARING adjacent pairs share the row, tokens is 1.
+    planes, y, scales, biases, rows, FORMATS, BLOCK_ROWS and BLOCK_GROUPS are tuples with an element for each weight.
+    Integer formats read `limbs`: the limbs, scales and sums of x. Indices past the end read the last element instead,
+    and what they give is dropped. With SHARING, y (pairs, rows) is a row of x times the matrix of its expert for each
+    of `experts` (pairs,): SHARING adjacent pairs share the row, tokens is 1.
     """
     tile = tl.program_id(0)
     for i in tl.static_range(len(FORMATS)):
         tiles = tl.cdiv(rows[i], BLOCK_ROWS[i])
         if len(FORMATS) == 1 or ((tile >= 0) & (tile < tiles)):
             _tile_of_product(
-                tile, planes[i], x, limbs, y[i], experts, rows[i], columns, tokens,
+                tile, planes[i], x, limbs, y[i], scales[i], biases[i], experts, rows[i], columns, tokens,
                 FORMATS[i], LIMBS, SHARING, TOKENS, BLOCK_ROWS[i], BLOCK_GROUPS[i],
             )  # fmt: skip
         tile -= tiles
@@ -143,24 +150,28 @@ class _Formats(tuple[Format, ...]):
 
 
 def gemv(
-    activations: Activations, weights: Sequence[Weight], limbs: int, pairs: Pairs | None = None
+    activations: Activations,
+    weights: Sequence[Weight],
+    biases: Sequence[torch.Tensor | None],
+    limbs: int,
+    pairs: Pairs | None = None,
 ) -> list[torch.Tensor]:
-    """At most FEW_ROWS rows of x (T, K) times each transposed weight (N, K) -> [(T, N) float32].
+    """At most FEW_ROWS rows of x (T, K) times each transposed weight (N, K) and its scale + bias -> [(T, N) float32].
 
-    With `pairs`, each of them is a row of x times the matrix of its expert in a weight (X, N, K) -> (pairs, N). An
-    integer format multiplies by `limbs` limbs of activations (see `activations.store_limbs`), a float format by x.
-    Weights whose tiles take as many warps share a launch.
+    With `pairs`, each of them is a row of x times the matrix of its expert in a weight (X, N, K), without the scale
+    -> (pairs, N). An integer format multiplies by `limbs` limbs of activations (see `activations.store_limbs`), a float
+    format by x. Weights whose tiles take as many warps share a launch.
     """
     tokens, products = (activations.tokens, 1) if pairs is None else (1, pairs.count)
     results = [activations.x.new_empty((tokens * products, weight.out_features)) for weight in weights]
-    together: dict[int, list[tuple[Weight, torch.Tensor, GemvTile]]] = {}
-    for weight, y in zip(weights, results, strict=True):
+    together: dict[int, list[tuple[Weight, torch.Tensor | None, torch.Tensor, GemvTile]]] = {}
+    for weight, bias, y in zip(weights, biases, results, strict=True):
         groups = FORMATS[weight.format].groups(activations.columns)
         padded = triton.next_power_of_2(tokens)
         tile = launches().gemv_tile(padded, groups, weight.out_features, weight.format.name)
-        together.setdefault(tile.warps, []).append((weight, y, tile))
+        together.setdefault(tile.warps, []).append((weight, bias, y, tile))
     for warps, parts in together.items():
-        members, targets, tiles = zip(*parts, strict=True)
+        members, their_biases, targets, tiles = zip(*parts, strict=True)
         formats = _Formats(FORMATS[weight.format] for weight in members)
         rows = tuple(weight.out_features for weight in members)
         programs = sum(triton.cdiv(count, tile.rows) for count, tile in zip(rows, tiles, strict=True))
@@ -172,6 +183,8 @@ def gemv(
             activations.x,
             activations.limbs(limbs) if any(format.integer for format in formats) else None,
             targets,
+            tuple(float(weight.scale) if pairs is None else 1.0 for weight in members),
+            their_biases,
             None if pairs is None else pairs.experts,
             rows,
             activations.columns,

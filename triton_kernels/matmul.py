@@ -18,16 +18,19 @@ from trichord.weight_format import Weight
 
 
 def matmul(
-    x: torch.Tensor | Activations, weights: Sequence[Weight], precision: Literal["exact", "default", "fast"]
+    x: torch.Tensor | Activations,
+    weights: Sequence[Weight],
+    precision: Literal["exact", "default", "fast"],
+    biases: Sequence[torch.Tensor | None] | None = None,
 ) -> list[torch.Tensor]:
     """x (T, K) float32, contiguous, on the weights' device -> [x @ W.T (T, N) float32 for each weight (N, K)].
 
-    x may have been prepared, by `norm`, `activate` or `attention`.
+    Each product is multiplied by `Weight.scale`, and its bias (N,) float32 added, if it has one. x may have been
+    prepared, by `norm`, `activate` or `attention`.
 
     "exact" multiplies in float32, and so do weights of 32 bits and more at any precision. Otherwise, up to FEW_ROWS
     rows of x, weights in an integer format meet activations rounded to 16 bits ("default") or 8 bits ("fast") a group
     of 32, and those in a float format are multiplied in float32; with more rows the operands are float16.
-    `Weight.scale` is not applied.
     Raises ValueError for shapes, dtypes and formats that do not fit.
     """
     activations = Activations.of(x)
@@ -35,7 +38,7 @@ def matmul(
         raise ValueError(f"activations must be (T, K), not of shape {tuple(activations.x.shape)}")
     for weight in weights:
         _check(activations.x, weight, 2)
-    return _products(activations, weights, precision)
+    return _products(activations, weights, precision, biases or [None] * len(weights))
 
 
 def expert_matmul(
@@ -57,7 +60,9 @@ def expert_matmul(
     if shape[:-1] not in (experts.shape[:1], experts.shape):
         raise ValueError(f"activations of shape {tuple(shape)} do not fit experts of shape {tuple(experts.shape)}")
     pairs = Pairs(experts, weights[0].shape[0], experts.shape[1] if len(shape) == 2 else 1)
-    return [y.unflatten(0, experts.shape) for y in _products(activations, weights, precision, pairs)]
+    return [
+        y.unflatten(0, experts.shape) for y in _products(activations, weights, precision, [None] * len(weights), pairs)
+    ]
 
 
 def _check(x: torch.Tensor, weight: Weight, dimensions: int) -> None:
@@ -70,15 +75,20 @@ def _check(x: torch.Tensor, weight: Weight, dimensions: int) -> None:
 
 
 def _products(
-    activations: Activations, weights: Sequence[Weight], precision: str, pairs: Pairs | None = None
+    activations: Activations,
+    weights: Sequence[Weight],
+    precision: str,
+    biases: Sequence[torch.Tensor | None],
+    pairs: Pairs | None = None,
 ) -> list[torch.Tensor]:
     results, few = (activations.tokens, activations.tokens <= FEW_ROWS) if pairs is None else (pairs.count, pairs.few)
     if results == 0:
         return [activations.x.new_empty((0, weight.out_features)) for weight in weights]
     exact = precision == "exact"
     streamed = [few and not (exact and FORMATS[weight.format].integer) for weight in weights]
-    few_rows = gemv(activations, list(compress(weights, streamed)), LIMBS.get(precision, 0), pairs)
+    members, their_biases = (list(compress(each, streamed)) for each in (weights, biases))
+    few_rows = gemv(activations, members, their_biases, LIMBS.get(precision, 0), pairs)
     return [
-        few_rows.pop(0) if by_gemv else gemm(activations, weight, exact or FORMATS[weight.format].wide, pairs)
-        for weight, by_gemv in zip(weights, streamed, strict=True)
+        few_rows.pop(0) if by_gemv else gemm(activations, weight, bias, exact or FORMATS[weight.format].wide, pairs)
+        for weight, bias, by_gemv in zip(weights, biases, streamed, strict=True)
     ]

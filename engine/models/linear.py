@@ -32,10 +32,8 @@ def floats(x: torch.Tensor | Prepared) -> torch.Tensor:
 
 def project(x: torch.Tensor | Prepared, linears: Sequence[Linear], precision: Precision) -> list[torch.Tensor]:
     """x (T, K) through several linears that share their input and device: [(T, N), ...]."""
-    products = matmul(x, [linear.weight for linear in linears], precision)
+    products = matmul(x, [linear.weight for linear in linears], precision, [linear.bias for linear in linears])
     for y, linear in zip(products, linears, strict=True):
-        if linear.bias is not None:
-            y += linear.bias
         for adapter in linear.adapters:
             y += adapter.of(floats(x))
     return products

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -80,7 +81,8 @@ def storage(tensor: torch.Tensor) -> int:
 
 
 def model(path, layers: int) -> LLM:
-    writer = gguf.GGUFWriter(path, "llama")
+    """A Qwen2, which is a Llama with biases of queries, keys and values."""
+    writer = gguf.GGUFWriter(path, "qwen2")
     writer.add_context_length(1024)
     writer.add_embedding_length(HIDDEN)
     writer.add_block_count(layers)
@@ -97,6 +99,8 @@ def model(path, layers: int) -> LLM:
             blocks, _ = golden_blocks(weight_format, rows, columns, seed=layer)
             raw = gguf.GGMLQuantizationType(weight_format.ggml_id)
             writer.add_tensor(f"blk.{layer}.{name}.weight", blocks, raw_dtype=raw)
+            if name in ("attn_q", "attn_k", "attn_v"):
+                writer.add_tensor(f"blk.{layer}.{name}.bias", normal(rows))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -144,6 +148,20 @@ def test_what_is_prepared_is_what_a_product_would_make_of_it(precision, count, t
             torch.testing.assert_close(part, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("size", [64, 96, 80])
+def test_attention_prepares_what_a_product_would_make_of_it(size):
+    """Two sequences of one token, the contexts split; a head of 80 has no whole groups."""
+    q, keys, values = (torch.from_numpy(normal(*shape)) for shape in [(2, 4, 64), (16, 1, 16, 64), (16, 1, 16, size)])
+    tables = torch.arange(16, dtype=torch.int32).view(2, 8)
+    starts, lengths = torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([100, 3], dtype=torch.int32)
+    paged = q, keys, values, tables, starts, lengths, 1, 0.125, "default"
+    prepared, alone = triton_kernels.attention(*paged, prepare=True), triton_kernels.attention(*paged)
+    torch.testing.assert_close(prepared.x, alone.flatten(1), rtol=0, atol=0)
+    assert bool(prepared._limbs) == (size % 32 == 0)
+    for part, expected in zip(prepared.limbs(2), Activations(prepared.x).limbs(2), strict=True):
+        torch.testing.assert_close(part, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(("tokens", "width", "precision"), [(9, 64, "default"), (1, 48, "default"), (1, 64, "exact")])
 def test_nothing_is_rounded_for_products_that_read_floats(tokens, width, precision):
     x = torch.from_numpy(normal(tokens, width))
@@ -170,6 +188,22 @@ def test_a_launch_of_several_formats(formats, tokens, precision, bound):
     for y, numbers in zip(products, values, strict=True):
         error = relative_error(y.numpy(), x.astype(np.float64) @ numbers.T)
         assert error < (1e-3 if tokens == 9 and precision == "default" else bound)
+
+
+@pytest.mark.parametrize("tokens", [2, 9])
+@pytest.mark.parametrize("precision", ["exact", "default"])
+def test_scales_and_biases_belong_to_the_product(tokens, precision):
+    x, weights, biases, expected = normal(tokens, 256), [], [], []
+    for name, rows, scale, biased in [("Q4_K", 5, 1.0, True), ("Q6_K", 131, 0.25, True), ("F16", 3, -2.0, False)]:
+        blocks, numbers = golden_blocks(WeightFormat[name], rows, 256)
+        weights.append(replace(packed(triton_kernels, blocks, WeightFormat[name], numbers.shape), scale=scale))
+        bias = normal(rows)
+        biases.append(torch.from_numpy(bias) if biased else None)
+        expected.append(scale * (x.astype(np.float64) @ numbers.T) + (bias if biased else 0.0))
+    for y, numbers in zip(
+        triton_kernels.matmul(torch.from_numpy(x), weights, precision, biases), expected, strict=True
+    ):
+        assert relative_error(y.numpy(), numbers) < (1e-3 if precision == "default" else 2e-6)
 
 
 @pytest.mark.parametrize("weight_format", sorted(FORMATS, key=lambda each: each.ggml_id), ids=lambda each: each.name)
