@@ -123,7 +123,7 @@ def norm(
     heads = leading[1] if len(leading) == 2 else 1
     rows = leading[0] * heads
     output = torch.empty(residual.shape, dtype=torch.float32, device=residual.device)
-    block = min(triton.next_power_of_2(width), MAX_BLOCK)
+    block = min(triton.next_power_of_2(width), MAX_BLOCK // 2 if centered else MAX_BLOCK)  # the mean costs registers
     rows_together = max(1, SPAN // block)
     activations = Activations(output)
     count = activations.wanted_limbs(prepare)

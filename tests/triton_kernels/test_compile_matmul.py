@@ -44,6 +44,14 @@ EXPERT_PRODUCTS = {
     "Q4_K": [(1, "default"), (1, "exact"), (100, "default"), (4096, "default")],
     "Q6_K": [(1, "fast"), (512, "default")],
 }
+# Weights with the same activations: the mixes of common files.
+TOGETHER = [
+    ("Q4_K", "Q4_K", "Q6_K"),
+    ("Q4_K", "Q4_K"),
+    ("Q5_K", "Q5_K", "Q6_K"),
+    ("Q8_0", "Q8_0", "Q8_0"),
+    ("IQ4_XS", "IQ4_XS", "Q5_K"),
+]
 
 
 def zeros(weight_format: WeightFormat, *shape: int) -> Weight:
@@ -68,6 +76,11 @@ def launches(target: str) -> dict[str, Callable[[], object]]:
         if name in ("F32", "Q6_K", "IQ3_S"):
             calls[f"{name} dequantize"] = partial(triton_kernels.dequantize, weight)
             calls[f"{name} embedding"] = partial(triton_kernels.embedding, torch.zeros(3, dtype=torch.int64), weight)
+    for names in TOGETHER:
+        weights = [zeros(WeightFormat[name], ROWS, COLUMNS) for name in names]
+        for tokens in (1, 8) if len(set(names)) == 2 else (1,):
+            x, biases = torch.zeros((tokens, COLUMNS)), [torch.zeros(ROWS)] * len(weights)
+            calls[f"{'+'.join(names)} {tokens}"] = partial(triton_kernels.matmul, x, weights, "default", biases)
     for name, products in EXPERT_PRODUCTS.items():
         weight = zeros(WeightFormat[name], 64, ROWS, COLUMNS)
         for tokens, precision in products:
@@ -129,6 +142,12 @@ def test_experts_run_as_plain_products_do(kernels):
             assert dot in kernel.asm, call
         for call, kernel in products(kernels, target, r"\w+ \d{3,} default by experts").items():
             assert many in kernel.asm, call
+
+
+def test_weights_of_several_formats_are_one_launch(kernels):
+    for target in kernels:
+        for names in map("+".join, TOGETHER):
+            assert [k.name for k in kernels[target][f"{names} 1"]] == ["limb_kernel", "gemv_kernel"], (target, names)
 
 
 def test_no_operand_is_rounded_to_tf32_or_bf16(kernels):

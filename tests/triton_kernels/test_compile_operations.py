@@ -90,10 +90,13 @@ def launches(target: str) -> dict[str, Callable[[], object]]:
     x, wide = torch.zeros((TOKENS, 4096)), torch.zeros((TOKENS, 20480))
     calls = {
         "norm": lambda: triton_kernels.norm(x, x[0], 1e-5, x),
+        "prepared norm": lambda: triton_kernels.norm(x, x[0], 1e-5, x, prepare="default"),
+        "wide prepared norm": lambda: triton_kernels.norm(wide, wide[0], 1e-5, wide, centered=True, prepare="default"),
         "wide norm": lambda: triton_kernels.norm(wide, wide[0], 1e-5),
         "layer norm": lambda: triton_kernels.norm(wide, None, 1e-5, bias=wide[0], centered=True),
         "norm of heads": lambda: triton_kernels.norm(x.view(TOKENS, 32, 128)[:, 3:], x[0, :128], 1e-5),
         **{name: lambda name=name: triton_kernels.activate(x, x, name) for name in ACTIVATIONS},
+        "prepared silu": lambda: triton_kernels.activate(x, x, "silu", prepare="default"),
         "gelu alone": lambda: triton_kernels.activate(x, None, "gelu"),
         "rotary": rotary(False),
         "interleaved rotary": rotary(True),
@@ -102,7 +105,7 @@ def launches(target: str) -> dict[str, Callable[[], object]]:
         "interleaved rotary 8 bits": rotary(True, dtype=torch.int8),
     }
     for size in (128, 256) if target == "sm_90" else (256,):  # the widest asks for the most shared memory
-        calls[f"attention {size} default"] = attention(size, "default")
+        calls[f"attention {size} default"] = attention(size, "default", prepare=True)
         calls[f"attention {size} 8 bits"] = attention(size, "default", torch.int8)
     calls["attention 128 exact"] = attention(128, "exact", torch.float32)
     calls["attention latent default"] = attention(576, "default", values=512)
