@@ -101,7 +101,7 @@ class GatedDeltaNet(DeltaNet):
         learning, forgetting = self._by_key(products[0], [shared, shared]) if self.joint_strengths else products
         # Files with separate matrices lay heads out key by key in turn.
         y = self.scan(mixed, (forgetting + self.bias)[..., None], learning, step, cache, tiled=not self.joint_strengths)
-        y = self.operations.activate(gate, y.view(len(x), -1), "silu")
+        y = self.operations.activate(gate, y.view(len(x), -1), "silu", prepare=step.precision)
         (y,) = project(y, [self.output], step.precision)
         return y
 

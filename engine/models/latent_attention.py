@@ -63,7 +63,7 @@ class LatentAttention:
         tokens, heads, batch = len(x), self.layer.heads, step.batch
         q, latent = project(x, self.inputs, step.precision)
         if self.query:
-            (q,) = project(self.query_norm(q), [self.query], step.precision)
+            (q,) = project(self.query_norm(q, prepare=step.precision), [self.query], step.precision)
         still, turning = q.view(tokens, heads, -1).split([self.still, self.turning], dim=2)
         latent, turning_key = latent.split([self.rank, self.turning], dim=1)
         latent, turning_key = self.latent_norm(latent), turning_key[:, None]

@@ -62,7 +62,8 @@ class Mamba:
         y = self.operations.state_scan(
             x, F.softplus(sizes), self.rates, parts["b"][:, None], parts["c"][:, None], states, *sequences
         )
-        y = self.operations.activate(gate, y.addcmul_(x, self.skip).view(tokens, -1), "silu")
+        y = y.addcmul_(x, self.skip).view(tokens, -1)
+        y = self.operations.activate(gate, y, "silu", prepare=step.precision)
         (y,) = project(y, [self.output], step.precision)
         return y
 
