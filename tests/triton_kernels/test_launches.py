@@ -133,7 +133,7 @@ def limbs_of(activations: Activations, count: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(("precision", "count"), [("default", 2), ("fast", 1)])
 @pytest.mark.parametrize("tokens", [1, 3, 8])
-@pytest.mark.parametrize("width", [32, 96, 1056, 16416])
+@pytest.mark.parametrize("width", [32, 96, 1056, 8224])
 def test_what_is_prepared_is_what_a_product_would_make_of_it(precision, count, tokens, width):
     x = torch.from_numpy(30 * normal(tokens, width))
     gain = torch.from_numpy(normal(width, seed=1))
@@ -176,8 +176,10 @@ MIXES = [("Q4_K", "Q4_K", "Q6_K"), ("Q5_K", "Q8_0"), ("IQ4_XS", "F16", "Q3_K"), 
 
 
 @pytest.mark.parametrize("formats", MIXES, ids="-".join)
-@pytest.mark.parametrize("tokens", [1, 3, 8, 9])
-@pytest.mark.parametrize(("precision", "bound"), [("exact", 2e-6), ("default", 1e-4)])
+@pytest.mark.parametrize(
+    ("tokens", "precision", "bound"),
+    [(1, "default", 1e-4), (8, "default", 1e-4), (3, "fast", 1.2e-2), (3, "exact", 2e-6), (9, "default", 1e-3)],
+)
 def test_a_launch_of_several_formats(formats, tokens, precision, bound):
     x, weights, values = normal(tokens, 512), [], []
     for index, name in enumerate(formats):  # rows that end within a tile
@@ -186,8 +188,7 @@ def test_a_launch_of_several_formats(formats, tokens, precision, bound):
         values.append(numbers.astype(np.float64))
     products = triton_kernels.matmul(torch.from_numpy(x), weights, precision)
     for y, numbers in zip(products, values, strict=True):
-        error = relative_error(y.numpy(), x.astype(np.float64) @ numbers.T)
-        assert error < (1e-3 if tokens == 9 and precision == "default" else bound)
+        assert relative_error(y.numpy(), x.astype(np.float64) @ numbers.T) < bound
 
 
 @pytest.mark.parametrize("tokens", [2, 9])
