@@ -13,6 +13,7 @@ of vectors, whose sums stay in registers.
 from __future__ import annotations
 
 import functools
+from types import FunctionType
 
 import numpy as np
 import torch
@@ -245,11 +246,11 @@ def _merge(state, other):  # type: ignore[no-untyped-def]
         state[row, maximum] = largest
 
 
-@compiled
-def _combine(problems, tasks):  # type: ignore[no-untyped-def]
+def _combine(job, first, last):  # type: ignore[no-untyped-def]
     """The states of each context's splits, to the output."""
-    problem = problems[0]
-    for index in range(0, tasks, problem.splits):
+    problem = carray(pointer(carray(job, len(FIELDS))[_X]), 1, PROBLEM)[0]
+    for context in range(first, last):
+        index = context * problem.splits
         task = _task(problem, index)
         if task[4] > 0:
             state = _state(problem, index)
@@ -259,8 +260,8 @@ def _combine(problems, tasks):  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-def _kernel_address() -> int:
-    return compile_address(_kernel, "void(CPointer(int64), int64, int64)")
+def _address(kernel: FunctionType) -> int:
+    return compile_address(kernel, "void(CPointer(int64), int64, int64)")
 
 
 def attend(
@@ -304,6 +305,6 @@ def attend(
         [(*addresses, *optional, *geometry, *strides, causal, window, chunked, scale, soft_cap)], PROBLEM
     )
     products = rows * pages * page * size // splits  # that a task takes, about
-    run([Job(_kernel_address(), tasks * splits, 1, products, x=problems.ctypes.data)])
+    run([Job(_address(_kernel), tasks * splits, 1, products, x=problems.ctypes.data)], problems, states)
     if splits > 1:
-        _combine(problems, tasks * splits)
+        run([Job(_address(_combine), tasks, tasks, rows * columns, x=problems.ctypes.data)])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from trichord.cpu_fallback.jit import have_numba
 from trichord.cpu_fallback.matmul import most_rows_in_place, multiply_tiles, used_precision
 from trichord.weight_format import Weight
 
@@ -21,6 +22,10 @@ def expert_matmul(
     is decoded by tiles for BLAS. `Weight.scale` is not applied. Raises ValueError for an id that is no expert and
     for shapes that do not fit.
     """
+    if have_numba():
+        from trichord.cpu_fallback.jobs import refuse_recording
+
+        refuse_recording("a mixture of experts")
     tokens, chosen = experts.shape
     for weight in weights:
         if x.shape[:-1] not in (experts.shape[:1], experts.shape) or x.shape[-1] != weight.in_features:

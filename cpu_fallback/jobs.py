@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import Callable
 from types import FunctionType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -149,6 +149,14 @@ def _work(jobs, counter):  # type: ignore[no-untyped-def]
         _call(jobs, job, first, min(first + chunk_rows, rows))
 
 
+@compiled
+def _products(jobs):  # type: ignore[no-untyped-def]
+    products = 0
+    for job in range(len(jobs)):
+        products += jobs[job, _ROWS] * jobs[job, _COLUMNS] * max(jobs[job, _TOKENS], 1)
+    return products
+
+
 # What the threads share: one number in each of a cache line's worth, so that writing one disturbs no reader of another.
 _ROUND, _COUNTER, _INSIDE, _ASLEEP, _TABLE, _JOBS, _HELPERS = range(0, 56, 8)
 _STOP = -1  # in place of the number of helpers
@@ -157,17 +165,26 @@ _POLLS = 500
 
 
 @compiled
-def _lead(shared, yield_):  # type: ignore[no-untyped-def]
-    """The caller's part of a round, which is open while its number is odd.
+def _lead(shared, jobs, ends, yield_):  # type: ignore[no-untyped-def]
+    """The caller's part of the tables that end before these rows, one after the other: each is a round.
 
-    It opens and closes within machine code, where no exception (Ctrl-C) can leave it open.
+    A round is open while its number is odd. It opens and closes within machine code, where no exception (Ctrl-C) can
+    leave it open.
     """
-    _add(shared[_ROUND:], 1)
-    jobs = carray(pointer(shared[_TABLE]), (shared[_JOBS], len(FIELDS)), np.int64)
-    _work(jobs, shared[_COUNTER:])
-    _add(shared[_ROUND:], 1)
-    while _add(shared[_INSIDE:], 0) != 0:
-        _yield(yield_)
+    begin = 0
+    for end in ends:
+        table = jobs[begin:end]
+        begin = end
+        shared[_COUNTER] = 0
+        if _products(table) < _WORTH_HELP:
+            _work(table, shared[_COUNTER:])
+            continue
+        shared[_TABLE], shared[_JOBS] = table.ctypes.data, len(table)
+        _add(shared[_ROUND:], 1)
+        _work(table, shared[_COUNTER:])
+        _add(shared[_ROUND:], 1)
+        while _add(shared[_INSIDE:], 0) != 0:
+            _yield(yield_)
 
 
 @compiled
@@ -204,18 +221,16 @@ class _Crew:
         self.shared, self.busy, self.bell = np.zeros(64, np.int64), threading.Lock(), threading.Semaphore(0)
         self.helpers: list[threading.Thread] = []
 
-    def lead(self, table: np.ndarray, workers: int) -> None:
-        """Work off a table together; `busy` must be held."""
+    def lead(self, jobs: np.ndarray, ends: np.ndarray, workers: int) -> None:
+        """Work off tables together, one after the other, that end before these rows; `busy` must be held."""
         while len(self.helpers) < workers - 1:
             helper = threading.Thread(target=self._serve, args=(len(self.helpers),), daemon=True)
             self.helpers.append(helper)
             helper.start()
-        shared = self.shared
-        shared[_COUNTER], shared[_TABLE], shared[_JOBS] = 0, table.ctypes.data, len(table)
-        shared[_HELPERS] = workers - 1
-        if asleep := _take_asleep(shared):
+        self.shared[_HELPERS] = workers - 1
+        if asleep := _take_asleep(self.shared):
             self.bell.release(asleep)
-        _lead(shared, _yield_address)
+        _lead(self.shared, jobs, ends, _yield_address)
 
     def _serve(self, number: int) -> None:
         while self.shared[_HELPERS] != _STOP:
@@ -247,22 +262,61 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_new_crew)  # threads stay behind in the parent
 
 
-@compiled
-def _products(jobs):  # type: ignore[no-untyped-def]
-    products = 0
-    for job in range(len(jobs)):
-        products += jobs[job, _ROWS] * jobs[job, _COLUMNS] * max(jobs[job, _TOKENS], 1)
-    return products
-
-
-def run(jobs: list[Job] | np.ndarray) -> None:
-    """Work off the jobs, as a list or as the rows of an int64 array."""
+def run(jobs: list[Job] | np.ndarray, *memory: object) -> None:
+    """Work off the jobs, a list or the rows of an int64 array. A recording keeps `memory` that they point into."""
     if isinstance(jobs, list):
         jobs = np.array(jobs, np.int64)
+    if recording():
+        _recorder.take(jobs, *memory)
     if _products(jobs) < _WORTH_HELP or (workers := threads()) == 1 or not _crew.busy.acquire(blocking=False):
         _work(jobs, np.zeros(1, np.int64))  # alone; so do all but one of several callers at once
         return
     try:
-        _crew.lead(jobs, workers)
+        _crew.lead(jobs, np.array([len(jobs)]), workers)
     finally:
         _crew.busy.release()
+
+
+def program(tables: list[np.ndarray]) -> Callable[[], None]:
+    """A function that works off tables of jobs, one after the other."""
+    jobs, ends = np.concatenate(tables), np.cumsum([len(table) for table in tables])
+
+    def run_all() -> None:
+        if (workers := threads()) == 1 or not _crew.busy.acquire(blocking=False):
+            for table in np.split(jobs, ends[:-1]):
+                _work(table, np.zeros(1, np.int64))
+            return
+        try:
+            _crew.lead(jobs, ends, workers)
+        finally:
+            _crew.busy.release()
+
+    return run_all
+
+
+# Recording
+
+
+class Unrecordable(Exception):
+    """A computation does what a recording cannot do again."""
+
+
+_recorder: Any = None
+_recording_thread = 0
+
+
+def record(recorder: Any) -> None:
+    """From now on `recorder.take` gets this thread's tables; None: no longer."""
+    global _recorder, _recording_thread
+    _recorder, _recording_thread = recorder, threading.get_ident()
+
+
+def recording() -> bool:
+    """Whether this thread's jobs are being recorded."""
+    return _recorder is not None and _recording_thread == threading.get_ident()
+
+
+def refuse_recording(what: str) -> None:
+    """For work that Python decides on by a tensor's numbers. Raises Unrecordable when it is being recorded."""
+    if recording():
+        raise Unrecordable(f"{what} cannot be recorded")

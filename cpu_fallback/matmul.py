@@ -43,10 +43,9 @@ def dequantize(weight: Weight) -> torch.Tensor:
 
 def embedding(ids: torch.Tensor, weight: Weight) -> torch.Tensor:
     """ids (T,) int64 -> their rows (T, K) float32. Raises ValueError for an id that is no row."""
-    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < weight.rows:
-        raise ValueError(
-            f"token ids from {int(ids.min())} to {int(ids.max())} do not all lie in 0 to {weight.rows - 1}"
-        )
+    numbers = ids.numpy()
+    if len(numbers) and not 0 <= numbers.min() <= numbers.max() < weight.rows:
+        raise ValueError(f"token ids from {numbers.min()} to {numbers.max()} do not all lie in 0 to {weight.rows - 1}")
     values = torch.empty(len(ids), weight.in_features)
     _decode(weight.data[ids], weight.format, values)
     return values

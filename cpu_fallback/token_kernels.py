@@ -15,7 +15,7 @@ import numpy as np
 from numba import carray
 
 from trichord.cpu_fallback.jit import Compiled, compile_address, compiled
-from trichord.cpu_fallback.jobs import FIELDS, Job, run
+from trichord.cpu_fallback.jobs import FIELDS, Job, recording, run
 from trichord.cpu_fallback.native import exp, floats, from_half, halves, long_integers, pointer, signed_bytes, to_half
 
 _X = FIELDS.index("x")  # where a job has its record's address
@@ -53,10 +53,10 @@ class Kernel:
         """Works on all rows, of `width` numbers each, given the record's fields; on threads where that is worth it."""
         record = array("b", self._struct.pack(*fields))
         place = record.buffer_info()[0]
-        if rows * width < _WORTH_HELP:
+        if rows * width < _WORTH_HELP and not recording():
             self._body(place, 0, rows)
             return
-        run([Job(self._address, rows, max(1, _CHUNK_NUMBERS // width), _PRODUCTS * width, x=place)])
+        run([Job(self._address, rows, max(1, _CHUNK_NUMBERS // width), _PRODUCTS * width, x=place)], record)
 
     @functools.cached_property
     def _address(self) -> int:

@@ -1,4 +1,4 @@
-"""Decoding by CUDA graphs: a step in which every sequence has one token is launched as a whole, not kernel by kernel.
+"""Decoding by graphs: a step in which every sequence has one token is done as a whole, not call by call.
 
 A graph is captured for each padded number of sequences when that is first met. It reads static tensors, into which a
 step's inputs are copied; rows beyond the step's sequences work on a page and a state slot that belong to nobody.
@@ -7,22 +7,36 @@ step's inputs are copied; rows beyond the step's sequences work on a page and a 
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 
 from trichord.batch import Batch
 from trichord.cache import PAGE_SIZE, Cache
-from trichord.dispatch import Precision
+from trichord.device import CPU
+from trichord.dispatch import Operations, Precision
 from trichord.models.decoder import Decoder
 
-SIZES = (1, 2, 4, 8, 16, 32, 64)
-
 Compute: TypeAlias = Callable[[], torch.Tensor]
-Capture: TypeAlias = Callable[[Compute], Compute]
-"""Runs a computation once and returns its replay, which gives the results for what its inputs then hold."""
+
+
+class Capture(Protocol):
+    """Makes replays of steps."""
+
+    sizes: Sequence[int]
+    """Numbers of sequences that steps are captured for, ascending; idle rows fill up to the next."""
+    patience: int
+    """Steps of a number of sequences that go by before they are captured, which costs some steps itself."""
+
+    def __call__(self, compute: Compute, reset: Callable[[], None]) -> Compute | None:
+        """Runs a computation and returns its replay, which gives the results for what its inputs then hold.
+
+        `reset` brings back what a run changes. None: this computation has no replay.
+        """
+
 
 # What a step changes, the 64-bit tensors first; the rest of a batch follows from the number of sequences.
 _ROWS = ("token_ids", "positions", "slots", "state_slots", "context_lengths", "page_tables")
@@ -55,25 +69,34 @@ class DecodeGraphs:
         self._model, self._caches, self._precision = model, caches, precision
         self._max_pages, self._scratch = max_pages, scratch
         self._capture: Capture | None = capture
-        self._graphs: dict[int, tuple[Batch, DecodeInputs, Compute]] = {}
+        self._graphs: dict[int, tuple[Batch, DecodeInputs, Compute | None]] = {}
+        self._met: Counter[int] = Counter()
 
     def logits(self, batch: Batch) -> torch.Tensor | None:
         """The logits (S, vocabulary) of a batch of S sequences of one token, valid until the next call.
 
         None for a batch of another kind, and where graphs cannot be captured: nothing has been computed then.
         """
-        size = padded_size(len(batch.token_ids))
-        if batch.max_query != 1 or size is None or self._capture is None:
+        if batch.max_query != 1 or self._capture is None:
+            return None
+        size = padded_size(len(batch.token_ids), self._capture.sizes)
+        if size is None:
             return None
         if size not in self._graphs:
+            self._met[size] += 1
+            if self._met[size] <= self._capture.patience:
+                return None
             try:
                 self._graphs[size] = self._captured(size)
             except Exception as error:  # Triton, torch and the driver each have exceptions of their own
                 self._capture = None
                 self._graphs.clear()
-                warnings.warn(f"Decoding goes on without CUDA graphs: {error}", stacklevel=2)
+                warnings.warn(f"Steps are computed call by call, for they could not be captured: {error}", stacklevel=2)
                 return None
         idle, inputs, replay = self._graphs[size]
+        if replay is None:
+            self._capture = None
+            return None
         if len(batch.new_slots):
             # The scratch state starts anew as well, lest it grow for ever.
             slots = torch.cat((batch.new_slots, batch.new_slots.new_tensor([self._scratch.slot])))
@@ -81,7 +104,7 @@ class DecodeGraphs:
         inputs.load(padded(batch, idle))
         return replay()[: len(batch.token_ids)]
 
-    def _captured(self, size: int) -> tuple[Batch, DecodeInputs, Compute]:
+    def _captured(self, size: int) -> tuple[Batch, DecodeInputs, Compute | None]:
         """The idle batch, the inputs and the replay; captured with idle rows, which change no sequence's state."""
         assert self._capture is not None
         idle = scratch_batch(size, self._max_pages, self._scratch)
@@ -92,7 +115,10 @@ class DecodeGraphs:
             hidden = self._model.forward(inputs.batch, self._caches, self._precision)
             return self._model.logits(hidden, self._precision)
 
-        return idle, inputs, self._capture(compute)
+        def reset() -> None:
+            self._model.clear_states(torch.tensor([self._scratch.slot]), self._caches)
+
+        return idle, inputs, self._capture(compute, reset)
 
 
 class DecodeInputs:
@@ -126,11 +152,14 @@ class DecodeInputs:
 class CudaCapture:
     """Captures computations on one GPU as graphs that share their memory: only one runs at a time."""
 
+    sizes = (1, 2, 4, 8, 16, 32, 64)
+    patience = 0
+
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = None
 
-    def __call__(self, compute: Compute) -> Compute:
+    def __call__(self, compute: Compute, reset: Callable[[], None]) -> Compute:
         """Runs `compute` once on a stream of its own, so that every kernel is compiled and loaded, then captures it."""
         with torch.cuda.device(self._device):
             if self._pool is None:
@@ -153,16 +182,31 @@ class CudaCapture:
         return replay
 
 
+class CpuCapture:
+    """Records the CPU's steps. There, an idle row costs as much as any: every number of sequences has its own."""
+
+    sizes = range(1, 9)
+    patience = 4
+
+    def __init__(self, operations: Operations) -> None:
+        self._operations = operations
+
+    def __call__(self, compute: Compute, reset: Callable[[], None]) -> Compute | None:
+        return self._operations.capture(compute, reset)
+
+
 def capture_for(model: Decoder) -> Capture | None:
     """How steps of this model are captured; None where they cannot be: on the CPU, or spread over devices."""
-    if model.place is None or model.place.device.type != "cuda":
+    if model.place is None:
         return None
-    return CudaCapture(model.place.device)
+    if model.place.device.type == "cuda":
+        return CudaCapture(model.place.device)
+    return CpuCapture(model.place.operations) if model.place == CPU else None
 
 
-def padded_size(sequences: int) -> int | None:
+def padded_size(sequences: int, sizes: Sequence[int]) -> int | None:
     """The number of rows of the graph for so many sequences; None for more than any has."""
-    return next((size for size in SIZES if size >= sequences), None)
+    return next((size for size in sizes if size >= sequences), None)
 
 
 def scratch_batch(size: int, max_pages: int, scratch: Scratch) -> Batch:

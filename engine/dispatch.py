@@ -7,7 +7,7 @@ GPU, one in layout "blocks" by the CPU fallback. Nothing but this module imports
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol, cast, get_args
 
 from trichord.errors import RequestError
@@ -45,6 +45,15 @@ class Operations(Protocol):
 
     LAYOUT: Layout
     FUSED_FORMATS: frozenset[WeightFormat]
+
+    def capture(
+        self, compute: Callable[[], torch.Tensor], reset: Callable[[], None]
+    ) -> Callable[[], torch.Tensor] | None:
+        """Runs `compute`, and returns a function that gives its result for what its inputs hold by then, faster.
+
+        Inputs are tensors that stay where they are; the result is valid until the next call. `reset` brings back what
+        a run changes. None: this cannot be repeated. The CPU backend alone has this: a GPU's driver captures graphs.
+        """
 
     def pack(self, blocks: torch.Tensor, format: WeightFormat, columns: int) -> torch.Tensor:
         """GGUF blocks (rows, row_bytes) uint8, already on the device -> the backend's layout, uint8."""
