@@ -120,15 +120,14 @@ def _call(typing_context, jobs, job, first, last):  # type: ignore[no-untyped-de
 
 
 @intrinsic
-def _yield(typing_context, function):  # type: ignore[no-untyped-def]
-    """Call the operating system's function at this address, which lets other threads run."""
+def _ask(typing_context, function):  # type: ignore[no-untyped-def]
+    """Call the operating system's function at this address, which takes nothing and returns a number."""
 
     def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         kind = ir.FunctionType(ir.IntType(32), [])
-        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [])
-        return context.get_dummy_value()
+        return builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [])
 
-    return types.void(types.int64), emit
+    return types.int32(types.int64), emit
 
 
 @compiled
@@ -158,14 +157,14 @@ def _products(jobs):  # type: ignore[no-untyped-def]
 
 
 # What the threads share: one number in each of a cache line's worth, so that writing one disturbs no reader of another.
-_ROUND, _COUNTER, _INSIDE, _ASLEEP, _TABLE, _JOBS, _HELPERS = range(0, 56, 8)
+_ROUND, _COUNTER, _INSIDE, _ASLEEP, _TABLE, _JOBS, _HELPERS, _PROCESSOR = range(0, 64, 8)
 _STOP = -1  # in place of the number of helpers
 _POLLS = 500
 """Turns a helper waits for the next table before it sleeps: some 200 microseconds, the gaps within a model's step."""
 
 
 @compiled
-def _lead(shared, jobs, ends, yield_):  # type: ignore[no-untyped-def]
+def _lead(shared, jobs, ends, yield_, processor):  # type: ignore[no-untyped-def]
     """The caller's part of the tables that end before these rows, one after the other: each is a round.
 
     A round is open while its number is odd. It opens and closes within machine code, where no exception (Ctrl-C) can
@@ -180,23 +179,30 @@ def _lead(shared, jobs, ends, yield_):  # type: ignore[no-untyped-def]
             _work(table, shared[_COUNTER:])
             continue
         shared[_TABLE], shared[_JOBS] = table.ctypes.data, len(table)
+        shared[_PROCESSOR] = _ask(processor) if processor else -1
         _add(shared[_ROUND:], 1)
         _work(table, shared[_COUNTER:])
         _add(shared[_ROUND:], 1)
         while _add(shared[_INSIDE:], 0) != 0:
-            _yield(yield_)
+            _ask(yield_)
 
 
 @compiled
-def _help(shared, number, yield_):  # type: ignore[no-untyped-def]
-    """Helper `number`'s part of all rounds, until there has been none for a while or all are to stop."""
+def _help(shared, number, yield_, processor):  # type: ignore[no-untyped-def]
+    """Helper `number`'s part of all rounds, until there has been none for a while or all are to stop.
+
+    True: it runs on the caller's processor, where it is no help. Systems leave two threads that keep waking each other
+    together for seconds.
+    """
     done, polls = 0, 0
     while polls < _POLLS and shared[_HELPERS] != _STOP:
         round_ = _add(shared[_ROUND:], 0)
         if round_ % 2 == 0 or round_ == done or number >= shared[_HELPERS]:
             polls += 1
-            _yield(yield_)
+            _ask(yield_)
             continue
+        if processor and _ask(processor) == shared[_PROCESSOR]:
+            return True
         _add(shared[_INSIDE:], 1)
         if _add(shared[_ROUND:], 0) == round_:  # still open, and now it stays so until this helper is out
             jobs = carray(pointer(shared[_TABLE]), (shared[_JOBS], len(FIELDS)), np.int64)
@@ -204,6 +210,7 @@ def _help(shared, number, yield_):  # type: ignore[no-untyped-def]
         _add(shared[_INSIDE:], -1)
         done, polls = round_, 0
     _add(shared[_ASLEEP:], 1)
+    return False
 
 
 @compiled
@@ -218,7 +225,7 @@ class _Crew:
     """The helpers, started when first needed."""
 
     def __init__(self) -> None:
-        self.shared, self.busy, self.bell = np.zeros(64, np.int64), threading.Lock(), threading.Semaphore(0)
+        self.shared, self.busy, self.bell = np.zeros(72, np.int64), threading.Lock(), threading.Semaphore(0)
         self.helpers: list[threading.Thread] = []
 
     def lead(self, jobs: np.ndarray, ends: np.ndarray, workers: int) -> None:
@@ -230,12 +237,15 @@ class _Crew:
         self.shared[_HELPERS] = workers - 1
         if asleep := _take_asleep(self.shared):
             self.bell.release(asleep)
-        _lead(self.shared, jobs, ends, _yield_address)
+        _lead(self.shared, jobs, ends, _yield_address, _processor_address)
 
     def _serve(self, number: int) -> None:
+        processors = os.sched_getaffinity(0) if _processor_address else set()
         while self.shared[_HELPERS] != _STOP:
-            _help(self.shared, number, _yield_address)
-            self.bell.acquire()
+            if _help(self.shared, number, _yield_address, _processor_address if len(processors) > 1 else 0):
+                os.sched_setaffinity(0, processors - {int(self.shared[_PROCESSOR])})  # of this thread
+            else:
+                self.bell.acquire()
 
     def stop(self) -> None:
         """Machine code goes away with the interpreter: no helper may be in it by then."""
@@ -245,9 +255,10 @@ class _Crew:
             helper.join()
 
 
-def _operating_system_yield() -> int:
-    function = ctypes.windll.kernel32.SwitchToThread if sys.platform == "win32" else ctypes.CDLL(None).sched_yield
-    return ctypes.cast(function, ctypes.c_void_p).value or 0
+def _address(name: str) -> int:
+    """Of a function of the operating system."""
+    library = ctypes.windll.kernel32 if sys.platform == "win32" else ctypes.CDLL(None)
+    return ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
 
 
 def _new_crew() -> None:
@@ -255,7 +266,8 @@ def _new_crew() -> None:
     _crew = _Crew()
 
 
-_yield_address = _operating_system_yield()
+_yield_address = _address("SwitchToThread" if sys.platform == "win32" else "sched_yield")
+_processor_address = _address("sched_getcpu") if sys.platform == "linux" else 0  # nowhere else can a thread be moved
 _new_crew()
 atexit.register(lambda: _crew.stop())
 if hasattr(os, "register_at_fork"):

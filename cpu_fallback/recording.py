@@ -58,6 +58,11 @@ class Recorder(TorchDispatchMode):
         self._kept: list[Any] = []
         self._written: list[torch.Tensor] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing here is ever compiled by Dynamo: to be shielded from it would only import it, for seconds."""
+        return False
+
     def __enter__(self) -> Recorder:
         jobs.record(self)
         super().__enter__()
