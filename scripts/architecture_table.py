@@ -14,7 +14,8 @@ _PAGE = """# Architectures
 
 These {count} run, by the name under `general.architecture` in a file; `trichord archs` prints the same list. What the
 file itself shows (experts, biases, norms of queries and keys, attention sinks, a tied output matrix) is not listed: any
-of them may have it. Where sizes of a family differ, the metadata refines its record: {refined}.
+of them may have it. Where sizes of a family differ, the metadata refines the record:
+{refined}.
 
 [Adding an architecture](add-an-architecture.md) is one record. `scripts/architecture_table.py` prints this page.
 
@@ -28,7 +29,7 @@ A file of these is refused with a sentence that names its architecture.
 
 | architectures | why |
 | --- | --- |
-| `t5`, `t5encoder` | biases by relative position, and in `t5` a decoder that reads an encoder's states; neither is written |
+| `t5`, `t5encoder` | biases by relative position, and in `t5` a decoder that reads an encoder; neither is written |
 | `modern-bert`, `gemma-embedding` | windows that reach to both sides; those here look back |
 | `rwkv6`, `rwkv7`, `rwkv6qwen2`, `arwkv7` | blocks of their own, which are not written yet (their tokenizer is) |
 | `gemma3n`, `gemma4` | embeddings for every layer, and layers that share keys and values; not written yet |
