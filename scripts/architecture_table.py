@@ -43,7 +43,8 @@ A file of these is refused with a sentence that names its architecture.
 * Of models that see (`qwen2vl`, `qwen3vl`, `cogvlm`, `hunyuan_vl`, `paddleocr`) the language model runs, with text.
 * Layers that predict further tokens (`nextn_predict_layers`) are left out.
 * `hrm_text` reads prompts from left to right; files that let a prompt's tokens see later ones are refused.
-* Models that read both ways give embeddings and logits, and do not write."""
+* Models that read both ways give embeddings and logits, and do not write.
+* `bert`, `nomic-bert` and `bitnet` have not been held against llama.cpp's logits, as the others have."""
 
 
 def page() -> str:
