@@ -196,7 +196,7 @@ class CpuCapture:
 
 
 def capture_for(model: Decoder) -> Capture | None:
-    """How steps of this model are captured; None where they cannot be: on the CPU, or spread over devices."""
+    """How steps of this model are captured; None where they cannot be: spread over devices, or in the interpreter."""
     if model.place is None:
         return None
     if model.place.device.type == "cuda":

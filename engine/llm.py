@@ -54,8 +54,8 @@ class LLM:
     scale for each 32 elements: 53% of float16's bytes; latents keep 16 bits); None is float32 for "exact", else
     float16. threads: CPU threads; None follows the machine. max_batch_tokens and max_sequences bound a
     step; cache_bytes bounds the key-value cache (None: what a full step of sequences can use, within the memory free).
-    lora: adapter files, each by itself or with its strength. graphs: whether steps that only decode run as CUDA graphs,
-    where the whole model lies on one GPU.
+    lora: adapter files, each by itself or with its strength. graphs: whether steps that only decode run as a whole, as
+    CUDA graphs or recordings, where all of the model lies on one GPU or on the CPU.
     progress: whether to show bars on standard error; None is where that is a terminal.
 
     Raises GGUFError, ModelError, DeviceError or RequestError. May be used from several threads.

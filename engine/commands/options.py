@@ -109,7 +109,7 @@ def add_machine(
         help="keep the matrices of experts on the CPU and the rest of their layers on the GPU",
     )
     group.add_argument(
-        "--no-graphs", action="store_true", help="launch each kernel by itself instead of whole steps as CUDA graphs"
+        "--no-graphs", action="store_true", help="compute steps call by call, not as CUDA graphs or recordings"
     )
     number("--threads", int, None, "CPU threads (default: one for each core)")
     group.add_argument("-c", "--context", type=int, metavar="N", help=context)
