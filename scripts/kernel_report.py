@@ -18,6 +18,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -114,7 +115,6 @@ class Record:
 def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
-    os.environ.pop("TRITON_INTERPRET", None)  # nothing is compiled under it, and the workers inherit it
     from trichord.weight_format import WeightFormat
 
     unknown = [name for name in options.format if name not in WeightFormat.__members__]
@@ -161,6 +161,17 @@ def _every_format() -> list[str]:
     return [weight_format.name for weight_format in FORMATS]
 
 
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Processes started here compile kernels, even if this one interprets them."""
+    interpreting = os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        yield
+    finally:
+        if interpreting is not None:
+            os.environ["TRITON_INTERPRET"] = interpreting
+
+
 def report(
     places: Iterable[tuple[str, str | None]], formats: list[str], rows: list[int], precision: str, workers: int = 1
 ) -> list[Record]:
@@ -168,6 +179,7 @@ def report(
     tasks = [(target, gpu, name, rows, precision) for target, gpu in places for name in formats]
     # A fresh process each: Triton decides at import whether it interprets.
     with (
+        _compiling(),
         ProcessPoolExecutor(min(workers, len(tasks)), mp_context=get_context("spawn")) as pool,
         progress_bar("Compiling", len(tasks), "formats") as advance,
     ):
