@@ -8,11 +8,12 @@ up to its end, so that a later prompt with the same beginning takes it over inst
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 from math import prod
 from typing import TypeAlias
 
+import numpy as np
 import torch
 
 PAGE_SIZE = 64
@@ -42,7 +43,7 @@ class KeyValueSpec:
         """Zeroed, because masked positions are multiplied by zero and must not be NaN."""
 
         def zeros(width: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.zeros(pages, self.kv_heads, PAGE_SIZE, width, dtype=dtype, device=device)
+            return _zeros((pages, self.kv_heads, PAGE_SIZE, width), dtype, device)
 
         cache = KeyValueCache(zeros(self.key_size, dtype), zeros(self.value_size, dtype))
         if dtype != torch.int8:
@@ -73,7 +74,7 @@ class LatentSpec:
     def allocate(self, pages: int, slots: int, dtype: torch.dtype, device: torch.device) -> KeyValueCache:
         """One head of keys, the turning part before the latent; its values are a view of the latents."""
         size = self.turning_size + self.latent_size
-        keys = torch.zeros(pages, 1, PAGE_SIZE, size, dtype=_of_latents(dtype), device=device)
+        keys = _zeros((pages, 1, PAGE_SIZE, size), _of_latents(dtype), device)
         return KeyValueCache(keys, keys[..., self.turning_size :])
 
 
@@ -131,6 +132,13 @@ Cache: TypeAlias = KeyValueCache | StateCache
 CacheSpec: TypeAlias = KeyValueSpec | LatentSpec | StateSpec
 
 
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros, which on the CPU take no memory before they are written to: torch's own would."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(shape, str(dtype).removeprefix("torch.")))
+
+
 def pages_for(positions: int) -> int:
     """How many pages hold this many positions."""
     return -(-positions // PAGE_SIZE)
@@ -146,22 +154,27 @@ class PagePool:
     def __init__(self, pages: int, sharing: bool = True) -> None:
         self.size = pages
         self.sharing = sharing
-        self._owners = [0] * pages
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(pages))
+        self._owners: defaultdict[int, int] = defaultdict(int)
+        self._untouched = 0  # pages from here on were never handed out
+        self._free: OrderedDict[int, None] = OrderedDict()
         self._page_of: dict[int, int] = {}
         self._prefix_of: dict[int, tuple[int, tuple[int, ...]]] = {}
 
     @property
     def free_pages(self) -> int:
         """Pages that can be handed out now."""
-        return len(self._free)
+        return len(self._free) + self.size - self._untouched
 
     def allocate(self, count: int) -> list[int]:
         """Takes `count` pages; the caller has checked that they are free."""
         pages = []
         for _ in range(count):
-            page, _ = self._free.popitem(last=False)
-            self._forget(page)
+            if self._untouched < self.size:
+                page = self._untouched
+                self._untouched += 1
+            else:
+                page, _ = self._free.popitem(last=False)
+                self._forget(page)
             self._owners[page] = 1
             pages.append(page)
         return pages

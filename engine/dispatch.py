@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 Precision = Literal["exact", "default", "fast"]
+MOST_THREADS = 1024
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 Activation = Literal["silu", "gelu", "gelu_erf", "relu", "relu_squared", "swiglu_oai"]
 Gating = Literal["softmax", "sigmoid", "softmax_of_chosen"]
@@ -274,9 +275,9 @@ def operations(layout: Layout) -> Operations:
 
 
 def set_threads(count: int) -> None:
-    """How many threads the CPU's kernels use. Raises RequestError for a count below 1."""
-    if count < 1:
-        raise RequestError(f"The number of threads must be at least 1, not {count}.")
+    """How many threads the CPU's kernels use. Raises RequestError for a count that no machine has."""
+    if not 1 <= count <= MOST_THREADS:
+        raise RequestError(f"The number of threads must be from 1 to {MOST_THREADS}, not {count}.")
     importlib.import_module(_BACKENDS["blocks"]).set_threads(count)
 
 

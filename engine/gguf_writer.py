@@ -144,6 +144,8 @@ def _check_target(target: Path, source: GGUFFile, force: bool) -> None:
         raise RequestError(f"{target}: this is a directory; name the file to write")
     if not target.exists():
         return
+    if not target.is_file():
+        raise RequestError(f"{target}: this is a device or a pipe, which a file cannot replace; name another target")
     if any(part.samefile(target) for part in source.parts):
         raise RequestError(f"{target}: a file cannot be replaced by what is made from it; name another target")
     if not force:

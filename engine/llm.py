@@ -218,7 +218,8 @@ class LLM:
             raise RequestError(f"pooling {pooling!r} is not one of {', '.join(get_args(Pooling))}.")
         prompts = [self._encode(text) if isinstance(text, str) else text for text in _prompt_list(texts)]
         results = self._prompt_results(prompts, "hidden")
-        return np.stack([pool(np.stack(states), pooling, normalize) for states in results])
+        vectors = [pool(np.stack(states), pooling, normalize) for states in results]
+        return np.stack(vectors) if vectors else np.empty((0, self.config.hidden_size), np.float32)
 
     def require_tokenizer(self) -> Tokenizer:
         """The file's tokenizer. Raises TokenizerError where it has none that can be used."""

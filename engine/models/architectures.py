@@ -55,6 +55,7 @@ _BERT: dict[str, Any] = {
 }
 # Granite's files say with this key whether queries and keys turn.
 _TURNING_IF_TUNED = (Refinement("rope.scaling.finetuned", 0, {"rotary": "none"}),)
+_HEAD_NORMS = ("attn_q_norm", "attn_k_norm")
 _NORMALIZED = Routing(normalize=True)
 _TOLD = Routing(gating_told=True, normalize=None, scaled=True)
 _QWEN_DELTA: dict[str, Any] = {
@@ -92,7 +93,7 @@ ARCHITECTURES = {
             refined=(Refinement("block_count", 32, _PAIRED), Refinement("block_count", 40, {"alibi": 8.0})),
         ),
         Architecture("bailingmoe", **_PAIRED, experts=Routing(normalize=None, scaled=True)),
-        Architecture("bailingmoe2", experts=_TOLD_OR_SIGMOID),
+        Architecture("bailingmoe2", experts=_TOLD_OR_SIGMOID, required=_HEAD_NORMS),
         Architecture("bert", **_BERT, rotary="none", learned_positions=True, activation="gelu_erf"),
         Architecture("nomic-bert", **_BERT),
         Architecture("bitnet", refined=(Refinement("hidden_activation", "relu2", {"activation": "relu_squared"}),)),
@@ -126,7 +127,7 @@ ARCHITECTURES = {
             # GLM 4.7 Flash does not say how it chooses experts.
             refined=tuple(Refinement("block_count", layers, {"experts": _TOLD_OR_SIGMOID}) for layers in (47, 48)),
         ),
-        Architecture("dots1", experts=_TOLD_OR_SIGMOID),
+        Architecture("dots1", experts=_TOLD_OR_SIGMOID, required=_HEAD_NORMS),
         Architecture("dream", causal=False, unused=("output.bias",)),
         Architecture("ernie4_5", **_PAIRED, unused=_OUTPUT_BIAS),
         Architecture("ernie4_5-moe", **_PAIRED, experts=Routing(normalize=True, scaled=True), unused=_OUTPUT_BIAS),
@@ -136,6 +137,7 @@ ARCHITECTURES = {
             **_ONLY_POST_NORMS,
             unrotated="full_attention",
             refined=(Refinement("block_count", 64, {"window_every": 4, "window_size": 4096}),),
+            required=_HEAD_NORMS,
         ),
         Architecture("exaone-moe", window_every=4, unrotated="full_attention", experts=_TOLD_OR_SIGMOID),
         Architecture(
@@ -168,6 +170,7 @@ ARCHITECTURES = {
             window_base=1e4,
             logit_soft_cap=0.0,
             refined=(Refinement("block_count", 62, {"attention_scale": "root_share"}),),
+            required=_HEAD_NORMS,
         ),
         Architecture(
             "glm4",
@@ -183,6 +186,7 @@ ARCHITECTURES = {
             window_every=2,
             activation="swiglu_oai",
             experts=Routing(gating="softmax_of_chosen"),
+            required=("attn_sinks",),
         ),
         Architecture("gptneox", **_LAYER_NORM, parallel="metadata", activation="gelu"),
         Architecture("granite", **_GRANITE, refined=_TURNING_IF_TUNED),
@@ -209,8 +213,8 @@ ARCHITECTURES = {
         ),
         Architecture("grovemoe", experts=_NORMALIZED),
         Architecture("hrm_text", **{**_BARE_NORMS, "output_norm": ()}, embedding_scale=1.0),
-        Architecture("hunyuan-dense", head_norm_last=True),
-        Architecture("hunyuan-moe", head_norm_last=True, experts=_NORMALIZED),
+        Architecture("hunyuan-dense", head_norm_last=True, required=_HEAD_NORMS),
+        Architecture("hunyuan-moe", head_norm_last=True, experts=_NORMALIZED, required=_HEAD_NORMS),
         Architecture("hunyuan_vl", head_norm_last=True),
         Architecture("hy_v3", experts=_TOLD_OR_SIGMOID),
         Architecture("internlm2", **_PAIRED),
@@ -280,7 +284,7 @@ ARCHITECTURES = {
             residual_scale=0.0,
             experts=Routing(normalize=True, scaled=True),
         ),
-        Architecture("minimax-m2", experts=Routing("sigmoid", gating_told=True, normalize=True)),
+        Architecture("minimax-m2", experts=Routing("sigmoid", gating_told=True, normalize=True), required=_HEAD_NORMS),
         Architecture("mistral3", **_PAIRED, temperature=Temperature(), experts=_NORMALIZED),
         Architecture(
             "mpt",
@@ -310,9 +314,9 @@ ARCHITECTURES = {
         Architecture("nemotron_h", **_NEMOTRON_H),
         Architecture("nemotron_h_moe", **_NEMOTRON_H),
         Architecture("olmo", **_LAYER_NORM, **_PAIRED, **_BARE_NORMS, clamped=True),
-        Architecture("olmo2", **_ONLY_POST_NORMS, window_every=4, window_base=0.0),
-        Architecture("olmoe"),
-        Architecture("openelm"),
+        Architecture("olmo2", **_ONLY_POST_NORMS, window_every=4, window_base=0.0, required=_HEAD_NORMS),
+        Architecture("olmoe", required=_HEAD_NORMS),
+        Architecture("openelm", required=_HEAD_NORMS),
         Architecture("orion", **_LAYER_NORM),
         Architecture(
             "paddleocr",
@@ -329,13 +333,13 @@ ARCHITECTURES = {
         Architecture("qwen2"),
         Architecture("qwen2moe"),
         Architecture("qwen2vl", unused=("output.bias",)),
-        Architecture("qwen3"),
-        Architecture("qwen3moe", experts=_NORMALIZED),
+        Architecture("qwen3", required=_HEAD_NORMS),
+        Architecture("qwen3moe", experts=_NORMALIZED, required=_HEAD_NORMS),
         Architecture("qwen35", **_QWEN_DELTA),
         Architecture("qwen35moe", **_QWEN_DELTA),
         Architecture("qwen3next", **_QWEN_DELTA),
-        Architecture("qwen3vl"),
-        Architecture("qwen3vlmoe", experts=_NORMALIZED),
+        Architecture("qwen3vl", required=_HEAD_NORMS),
+        Architecture("qwen3vlmoe", experts=_NORMALIZED, required=_HEAD_NORMS),
         Architecture("refact", rotary="none", alibi=8.0, unused=_BIASES),
         Architecture("rnd1", causal=False, experts=_NORMALIZED),
         Architecture("seed_oss", **_SECOND_NORM_BY_PLACE),

@@ -19,6 +19,8 @@ class Attention:
     def __init__(self, source: TensorSource, config: ModelConfig, layer: LayerConfig) -> None:
         architecture = config.architecture
         self.operations = source.place.operations
+        for name in architecture.required:
+            source.shape(name)  # or it is reported as missing
         self.config, self.layer = config, layer
         self.query_parts = 2 if architecture.gated_queries else 1
         query = layer.heads * layer.head_size * self.query_parts

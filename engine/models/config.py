@@ -148,7 +148,10 @@ class Metadata:
             return [self.number(name)] * layers
         if isinstance(value, str) or len(value) < layers:
             self.fail(f"{self.key(name)} should hold a number for each of {layers} layers")
-        numbers = [int(number) for number in value[:layers]]
+        try:
+            numbers = [int(number) for number in value[:layers]]
+        except (TypeError, ValueError, OverflowError):
+            self.fail(f"{self.key(name)} holds what are no numbers")
         if not all(0 <= number < 2**31 for number in numbers):
             self.fail(f"{self.key(name)} holds {min(numbers)} to {max(numbers)}")
         return numbers
@@ -176,6 +179,8 @@ class _Config:
             metadata.fail(
                 f"the metadata promises {layers} layers, but the file has {len(metadata.file.tensors)} tensors"
             )
+        if any(name.startswith(f"blk.{layers}.") for name in metadata.file.tensors):
+            metadata.fail(f"the metadata counts {layers} layers, but the file has tensors of a further one")
         layers -= metadata.number("nextn_predict_layers")
         if layers < 1:
             metadata.fail("all layers predict tokens after the next one: none are left")

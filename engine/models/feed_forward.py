@@ -28,7 +28,7 @@ class FeedForward:
         down = source.shape(f"ffn_down{suffix}")
         self.output = source.linear(f"ffn_down{suffix}", config.hidden_size, down[-1])
         rows = source.shape(f"ffn_up{suffix}")[0]
-        sides = ("gate", "up") if source.has(f"ffn_gate{suffix}") else ("up",)
+        sides = _sides(source, f"ffn_gate{suffix}", rows == 2 * down[-1], self.activation)
         if rows != down[-1] and (len(sides) == 2 or rows != 2 * down[-1]):
             raise source.fail(f"{source.prefix}ffn_up{suffix} has {rows} rows, ffn_down{suffix} {down[-1]} columns")
         self.inputs = [source.linear(f"ffn_{side}{suffix}", rows, config.hidden_size) for side in sides]
@@ -55,6 +55,12 @@ class FeedForward:
         return y if self.share is None else y.mul_((floats(x) @ self.share).sigmoid_()[:, None])
 
 
+def _sides(source: TensorSource, gate: str, fused: bool, activation: Activation) -> tuple[str, ...]:
+    """The matrices that read the input. No network by SiLU comes without a gate: there, a file without it is broken."""
+    gated = source.has(gate) or (not fused and activation in ("silu", "swiglu_oai"))
+    return ("gate", "up") if gated else ("up",)
+
+
 class ExpertNetworks:
     """Feed-forward networks of which each token takes a few. `suffix` distinguishes their tensors.
 
@@ -74,12 +80,15 @@ class ExpertNetworks:
             self.narrowing = source.linear("ffn_latent_down", narrow, hidden)
             self.widening = source.linear("ffn_latent_up", hidden, narrow)
             hidden = narrow
-        self.count, width = source.shape(f"ffn_down{suffix}")[::2]
+        shape = source.shape(f"ffn_down{suffix}")
+        if len(shape) != 3:
+            raise source.fail(f"tensor '{source.prefix}ffn_down{suffix}.weight' of shape {shape} holds no experts")
+        self.count, width = shape[::2]
         matrices = source.of_experts()
         self.place = matrices.place
         self.output = matrices.linear(f"ffn_down{suffix}", self.count, hidden, width)
         fused = source.has(f"ffn_gate_up{suffix}")
-        sides = ("gate", "up") if source.has(f"ffn_gate{suffix}") else ("up",)
+        sides = _sides(source, f"ffn_gate{suffix}", fused, self.activation)
         self.inputs = (
             [matrices.linear(f"ffn_gate_up{suffix}", self.count, 2 * width, hidden)]
             if fused

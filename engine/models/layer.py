@@ -38,7 +38,7 @@ class DecoderLayer:
         # The norm of experts that read the layer's input and work beside the whole layer.
         self.expert_norm = Norm.of(source, ("ffn_norm_exps",), config) if source.has("ffn_norm_exps") else None
         self.networks: list[FeedForward] = []
-        if self.experts and source.has("ffn_up_shexp"):
+        if self.experts and any(source.has(f"ffn_{side}_shexp") for side in ("gate", "up", "down")):
             self.networks.append(FeedForward(source, config, "_shexp"))
         if (has_network and not self.experts) or (routing.dense and source.has("ffn_up")):
             self.networks.append(FeedForward(source, config))

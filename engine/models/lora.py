@@ -6,6 +6,7 @@ an expert. y += strength * alpha / r * (x @ a.T) @ b.T; an alpha of 0 means r.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,10 @@ class Adapter:
         if made_for != architecture:
             raise ModelError(f"{self.file.path.name}: adapts models of architecture {made_for}, not {architecture}.")
         self.alpha = self.file.get("adapter.lora.alpha", float, 0.0)
+        if not math.isfinite(self.alpha):
+            raise ModelError(f"{self.file.path.name}: adapter.lora.alpha is {self.alpha}.")
+        if not self.file.tensors:
+            raise ModelError(f"{self.file.path.name}: adapts nothing, it has no tensors.")
         self.unused = set(self.file.tensors)
 
     def find(self, name: str, shape: tuple[int, ...], place: Place) -> LowRank | None:

@@ -69,6 +69,8 @@ class Architecture:
 
     name: str
     refined: tuple[Refinement, ...] = ()
+    required: tuple[str, ...] = ()
+    """Tensors of attention that other architectures do without."""
     unused: tuple[str, ...] = ()
     """Tensors below a layer's prefix (or below none) that llama.cpp accepts in a file and does not use."""
 
