@@ -58,7 +58,7 @@ def test_a_pipe_is_never_replaced(tmp_path):
     with (
         GGUFFile(model) as file,
         pytest.raises(RequestError, match="device or a pipe"),
-        new_files([tmp_path / "pipe"], file, 10, force=True),
+        new_files(file, [tmp_path / "pipe"], 10, force=True),
     ):
         pass
     assert (tmp_path / "pipe").is_fifo()
