@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -267,13 +268,14 @@ def test_a_file_without_a_template_is_laid_out_as_chatml_with_a_warning(capsys, 
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
-def test_ctrl_c_interrupts_an_answer_and_ctrl_d_leaves(path, template):
+def test_ctrl_c_interrupts_an_answer_and_ctrl_d_leaves(tmp_path, template):
     import pty
 
+    endless = write_tiny_model(tmp_path / "endless.gguf", context=1 << 17)  # an answer must not end by itself
     parent, child = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "trichord.cli", "chat", str(path), "--device", "cpu", "--ignore-eos",
-         "--precision", "exact", "--template", template],
+        [sys.executable, "-m", "trichord.cli", "chat", str(endless), "--device", "cpu", "--ignore-eos",
+         "-n", "-1", "--precision", "exact", "--template", template],
         stdin=child, stdout=child, stderr=child, start_new_session=True,
     )  # fmt: skip
     os.close(child)
@@ -284,6 +286,8 @@ def test_ctrl_c_interrupts_an_answer_and_ctrl_d_leaves(path, template):
         deadline = time.monotonic() + 120
         while not re.search(pattern, shown, re.DOTALL):
             assert time.monotonic() < deadline, shown
+            if not select.select([parent], [], [], 1.0)[0]:
+                continue
             try:
                 shown += os.read(parent, 4096)
             except OSError:  # the process has ended
