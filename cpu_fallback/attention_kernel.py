@@ -13,7 +13,6 @@ of vectors, whose sums stay in registers.
 from __future__ import annotations
 
 import functools
-from types import FunctionType
 
 import numpy as np
 import torch
@@ -22,8 +21,8 @@ from numba.extending import intrinsic
 
 from trichord.cpu_fallback.attention_pages import GROUP, load_keys, load_values
 from trichord.cpu_fallback.attention_scores import cap, soften, tilt
-from trichord.cpu_fallback.jit import compile_address, compiled, threads
-from trichord.cpu_fallback.jobs import FIELDS, Job, run
+from trichord.cpu_fallback.jit import compiled, threads
+from trichord.cpu_fallback.jobs import FIELDS, Job, kernel_address, run
 from trichord.cpu_fallback.native import emitter_for, exp, floats, integers, pointer
 from trichord.cpu_fallback.vectors import F32, I8, I64, Vector
 
@@ -259,9 +258,7 @@ def _combine(job, first, last):  # type: ignore[no-untyped-def]
             _write(problem, task, state)
 
 
-@functools.cache
-def _address(kernel: FunctionType) -> int:
-    return compile_address(kernel, "void(CPointer(int64), int64, int64)")
+_address = functools.cache(kernel_address)
 
 
 def attend(

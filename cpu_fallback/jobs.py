@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import functools
 import os
 import sys
 import threading
@@ -86,7 +87,12 @@ def compile_kernel(name: str, emit: Callable[[Emitter, dict[str, ir.Value], ir.V
 
     kernel = FunctionType(_kernel.__code__, {**globals(), "body": body}, name)
     kernel.__qualname__ = name
-    return compile_address(kernel, "void(CPointer(int64), int64, int64)")
+    return kernel_address(kernel)
+
+
+def kernel_address(function: FunctionType) -> int:
+    """Address of a kernel: the function, of a job's address and the first and the last row, compiled."""
+    return compile_address(function, "void(CPointer(int64), int64, int64)")
 
 
 def _kernel(job, first, last):  # type: ignore[no-untyped-def]
@@ -280,30 +286,31 @@ def run(jobs: list[Job] | np.ndarray, *memory: object) -> None:
         jobs = np.array(jobs, np.int64)
     if recording():
         _recorder.take(jobs, *memory)
-    if _products(jobs) < _WORTH_HELP or (workers := threads()) == 1 or not _crew.busy.acquire(blocking=False):
-        _work(jobs, np.zeros(1, np.int64))  # alone; so do all but one of several callers at once
-        return
-    try:
-        _crew.lead(jobs, np.array([len(jobs)]), workers)
-    finally:
-        _crew.busy.release()
+    if _products(jobs) < _WORTH_HELP:
+        _work(jobs, np.zeros(1, np.int64))
+    else:
+        _work_off(jobs, [jobs], np.array([len(jobs)]))
 
 
 def program(tables: list[np.ndarray]) -> Callable[[], None]:
     """A function that works off tables of jobs, one after the other."""
     jobs, ends = np.concatenate(tables), np.cumsum([len(table) for table in tables])
+    return functools.partial(_work_off, jobs, tables, ends)
 
-    def run_all() -> None:
-        if (workers := threads()) == 1 or not _crew.busy.acquire(blocking=False):
-            for table in np.split(jobs, ends[:-1]):
-                _work(table, np.zeros(1, np.int64))
-            return
-        try:
-            _crew.lead(jobs, ends, workers)
-        finally:
-            _crew.busy.release()
 
-    return run_all
+def _work_off(jobs: np.ndarray, tables: list[np.ndarray], ends: np.ndarray) -> None:
+    """Works off tables that `jobs` holds one after the other, up to these rows each: with the helpers, or alone.
+
+    Alone are all but one of several callers at once.
+    """
+    if (workers := threads()) == 1 or not _crew.busy.acquire(blocking=False):
+        for table in tables:
+            _work(table, np.zeros(1, np.int64))
+        return
+    try:
+        _crew.lead(jobs, ends, workers)
+    finally:
+        _crew.busy.release()
 
 
 # Recording

@@ -80,7 +80,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         results = function(*args, **kwargs)
-        tensors = list(results) if isinstance(results, (tuple, list)) else [results]
+        tensors = _listed(results)
         if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
             raise Unrecordable(f"{function} takes a number out of a tensor")
         self._kept.append(results)
@@ -117,6 +117,11 @@ def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
+def _listed(results: Any) -> list[Any]:
+    """What a call of torch returns: one thing or several."""
+    return list(results) if isinstance(results, (tuple, list)) else [results]
+
+
 def _again(targets: list[torch.Tensor], results: Any) -> None:
-    for target, result in zip(targets, results if isinstance(results, (tuple, list)) else [results], strict=True):
+    for target, result in zip(targets, _listed(results), strict=True):
         target.copy_(result)

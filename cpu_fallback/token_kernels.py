@@ -14,8 +14,8 @@ from types import FunctionType
 import numpy as np
 from numba import carray
 
-from trichord.cpu_fallback.jit import Compiled, compile_address, compiled
-from trichord.cpu_fallback.jobs import FIELDS, Job, recording, run
+from trichord.cpu_fallback.jit import Compiled, compiled
+from trichord.cpu_fallback.jobs import FIELDS, Job, kernel_address, recording, run
 from trichord.cpu_fallback.native import exp, floats, from_half, halves, long_integers, pointer, signed_bytes, to_half
 
 _X = FIELDS.index("x")  # where a job has its record's address
@@ -61,7 +61,7 @@ class Kernel:
     @functools.cached_property
     def _address(self) -> int:
         kernel = _copy(_work, f"work_{self._body.__name__}", body=self._body)
-        return compile_address(kernel, "void(CPointer(int64), int64, int64)")
+        return kernel_address(kernel)
 
 
 def _work(job, first, last):  # type: ignore[no-untyped-def]

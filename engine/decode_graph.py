@@ -69,7 +69,7 @@ class DecodeGraphs:
         self._model, self._caches, self._precision = model, caches, precision
         self._max_pages, self._scratch = max_pages, scratch
         self._capture: Capture | None = capture
-        self._graphs: dict[int, tuple[Batch, DecodeInputs, Compute | None]] = {}
+        self._graphs: dict[int, tuple[Batch, DecodeInputs, Compute]] = {}
         self._met: Counter[int] = Counter()
 
     def logits(self, batch: Batch) -> torch.Tensor | None:
@@ -87,16 +87,16 @@ class DecodeGraphs:
             if self._met[size] <= self._capture.patience:
                 return None
             try:
-                self._graphs[size] = self._captured(size)
+                graph = self._captured(size)
             except Exception as error:  # Triton, torch and the driver each have exceptions of their own
+                warnings.warn(f"Steps are computed call by call, for they could not be captured: {error}", stacklevel=2)
+                graph = None
+            if graph is None:
                 self._capture = None
                 self._graphs.clear()
-                warnings.warn(f"Steps are computed call by call, for they could not be captured: {error}", stacklevel=2)
                 return None
+            self._graphs[size] = graph
         idle, inputs, replay = self._graphs[size]
-        if replay is None:
-            self._capture = None
-            return None
         if len(batch.new_slots):
             # The scratch state starts anew as well, lest it grow for ever.
             slots = torch.cat((batch.new_slots, batch.new_slots.new_tensor([self._scratch.slot])))
@@ -104,8 +104,11 @@ class DecodeGraphs:
         inputs.load(padded(batch, idle))
         return replay()[: len(batch.token_ids)]
 
-    def _captured(self, size: int) -> tuple[Batch, DecodeInputs, Compute | None]:
-        """The idle batch, the inputs and the replay; captured with idle rows, which change no sequence's state."""
+    def _captured(self, size: int) -> tuple[Batch, DecodeInputs, Compute] | None:
+        """The idle batch, the inputs and the replay; captured with idle rows, which change no sequence's state.
+
+        None where such steps have no replay.
+        """
         assert self._capture is not None
         idle = scratch_batch(size, self._max_pages, self._scratch)
         inputs = DecodeInputs(idle, self._model.outer.device)
@@ -118,7 +121,8 @@ class DecodeGraphs:
         def reset() -> None:
             self._model.clear_states(torch.tensor([self._scratch.slot]), self._caches)
 
-        return idle, inputs, self._capture(compute, reset)
+        replay = self._capture(compute, reset)
+        return replay and (idle, inputs, replay)
 
 
 class DecodeInputs:

@@ -29,9 +29,8 @@ def file_pooling(file: GGUFFile, architecture: str, causal: bool) -> Pooling:
 
 def pool(states: np.ndarray, pooling: Pooling, normalize: bool) -> np.ndarray:
     """states (n_tokens, n_hidden) -> (n_hidden,) float32, of Euclidean length 1 if `normalize`."""
-    vector = {"mean": lambda: states.mean(0, dtype=np.float64), "first": lambda: states[0], "last": lambda: states[-1]}[
-        pooling
-    ]().astype(np.float64)
+    pooled = states if pooling == "mean" else states[:1] if pooling == "first" else states[-1:]
+    vector = pooled.mean(0, dtype=np.float64)
     if normalize:
         vector = vector / max(float(np.linalg.norm(vector)), 1e-30)
     return vector.astype(np.float32)
