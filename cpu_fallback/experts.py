@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from trichord.cpu_fallback.jit import have_numba
-from trichord.cpu_fallback.matmul import most_rows_in_place, multiply_tiles, used_precision
+from trichord.cpu_fallback.matmul import most_rows_in_place, multiply_many, used_precision
 from trichord.weight_format import Weight
 
 
@@ -19,7 +19,7 @@ def expert_matmul(
 
     The (token, expert) pairs are sorted by expert, so that tokens with an expert in common share its decoded blocks.
     Experts with few pairs are multiplied in place, all of them and all weights in one parallel region; one with many
-    is decoded by tiles for BLAS. `Weight.scale` is not applied. Raises ValueError for an id that is no expert and
+    is decoded by tiles. `Weight.scale` is not applied. Raises ValueError for an id that is no expert and
     for shapes that do not fit.
     """
     if have_numba():
@@ -48,9 +48,15 @@ def expert_matmul(
         for expert in np.flatnonzero(counts > limits.min()):
             of_expert = torch.from_numpy(pairs[starts[expert] : starts[expert] + counts[expert]])
             together = rows[of_expert[:, 0]]
-            for weight, y, limit in zip(weights, results, limits, strict=True):
-                if counts[expert] > limit:
-                    y[of_expert[:, 1]] = _expert_product(together, weight, int(expert))
+            products = [
+                (_matrix_of(weight, int(expert)), used, torch.empty(len(together), weight.out_features))
+                for weight, used, limit in zip(weights, precisions, limits, strict=True)
+                if counts[expert] > limit
+            ]
+            multiply_many(together, products)
+            targets = (y for y, limit in zip(results, limits, strict=True) if counts[expert] > limit)
+            for y, (_, _, product) in zip(targets, products, strict=True):
+                y[of_expert[:, 1]] = product
     return [y.view(tokens, chosen, y.shape[1]) for y in results]
 
 
@@ -68,8 +74,6 @@ def _by_expert(ids: np.ndarray, experts: int, sharing: int) -> tuple[np.ndarray,
     return pairs, np.cumsum(counts) - counts, counts
 
 
-def _expert_product(x: torch.Tensor, weight: Weight, expert: int) -> torch.Tensor:
+def _matrix_of(weight: Weight, expert: int) -> Weight:
     rows = slice(expert * weight.out_features, (expert + 1) * weight.out_features)
-    y = torch.empty(len(x), weight.out_features)
-    multiply_tiles(x, Weight(weight.data[rows], weight.format, weight.shape[1:], weight.layout), y)
-    return y
+    return Weight(weight.data[rows], weight.format, weight.shape[1:], weight.layout)

@@ -8,10 +8,11 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from trichord.cpu_fallback.activations import Activations, prepare
+from trichord.cpu_fallback.activations import Activations, prepare, prepare_panels
 from trichord.cpu_fallback.jit import compiled
 from trichord.cpu_fallback.jobs import FIELDS, Job, run
 from trichord.cpu_fallback.rowdot import dequantize_kernel, dot_kernel
+from trichord.cpu_fallback.tiledot import TILE_ROWS, tile_kernel
 from trichord.weight_format import Weight, WeightFormat
 
 _STEPS = (4, 2, 1)
@@ -56,6 +57,22 @@ def multiply_paired(
     used = _fill(jobs, templates, np.array(kernels, np.int64), pairs, starts, counts)
     run(jobs[:used])
     del activations
+
+
+def multiply_panels(x: torch.Tensor, products: list[tuple[Weight, torch.Tensor]]) -> None:
+    """x (T, K) float32, contiguous, rounded to 16 bits, times whole matrices: y (T, N) for each, in one region.
+
+    Each matrix is decoded once for all rows of x, or for hundreds of them.
+    """
+    panels = prepare_panels(x)
+    run([
+        Job(
+            tile_kernel(weight.format), weight.out_features, TILE_ROWS, x.shape[1], weight.data.data_ptr(),
+            weight.data.stride(0), y.data_ptr(), y.stride(0), len(x), 0, *panels.addresses,
+        )
+        for weight, y in products
+    ])  # fmt: skip
+    del panels
 
 
 def _matrix(weight: Weight, precision: str, _: torch.Tensor) -> tuple[int, int, int, int, WeightFormat, str]:

@@ -1,7 +1,8 @@
 """Products with packed weights on the CPU.
 
-Few rows of activations meet the blocks in place (see `rowdot`). Many rows pay for decoding a tile of weights to
-float32 once and multiplying by BLAS; no weight is ever expanded as a whole. Without Numba the tiles serve for both.
+Few rows of activations meet the blocks in place (see `rowdot`). Many rows pay for decoding a tile of weights once: to
+16-bit integers that meet rounded activations (see `tiledot`), or, where the product is exact or the weights are floats,
+to float32 for BLAS. No weight is ever expanded as a whole. Without Numba the tiles for BLAS serve for all.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from trichord.weight_format import Weight, WeightFormat
 
 FUSED_FORMATS = frozenset(DECODERS)
 
-MOST_ROWS_IN_PLACE = {"exact": 20, "default": 48, "fast": 64}
-"""Up to so many rows of activations the kernels on packed blocks are faster than tiles and BLAS (measured)."""
+MOST_ROWS_IN_PLACE = {"exact": 20, "default": 8, "fast": 8}
+"""Up to so many rows of activations the kernels on packed blocks are faster than tiles (measured)."""
 
 _TILE_WEIGHTS = 1 << 20
 """Weights of a decoded tile: large enough for BLAS at full speed, small enough for a shared cache."""
@@ -60,17 +61,15 @@ def matmul(
     """x (T, K) float32 -> [x @ W.T (T, N) float32 for each weight], times `weight.scale`, plus its bias (N,) if any."""
     x = x.contiguous()
     results = [torch.empty(x.shape[0], weight.out_features) for weight in weights]
-    products = []
+    few, many = [], []
     for weight, y in zip(weights, results, strict=True):
         used = used_precision(weight.format, precision)
-        if x.shape[0] <= most_rows_in_place(weight.format, used):
-            products.append((weight, used, y))
-        else:
-            multiply_tiles(x, weight, y)
-    if products and x.numel():
+        (few if x.shape[0] <= most_rows_in_place(weight.format, used) else many).append((weight, used, y))
+    if few and x.numel():
         from trichord.cpu_fallback.in_place import multiply
 
-        multiply(x, products)
+        multiply(x, few)
+    multiply_many(x, many)
     for weight, bias, y in zip(weights, biases or [None] * len(weights), results, strict=True):
         if weight.scale != 1.0:
             y *= weight.scale
@@ -93,7 +92,21 @@ def _has_kernels(format: WeightFormat) -> bool:
     return format in FUSED_FORMATS and have_numba()
 
 
-def multiply_tiles(x: torch.Tensor, weight: Weight, y: torch.Tensor) -> None:
+def multiply_many(x: torch.Tensor, products: Sequence[tuple[Weight, str, torch.Tensor]]) -> None:
+    """x (T, K) float32, contiguous, times each weight (N, K) -> y (T, N), contiguous, of a `used_precision`."""
+    rounded = []
+    for weight, used, y in products:
+        if used != "exact" and _has_kernels(weight.format):
+            rounded.append((weight, y))
+        else:
+            _multiply_tiles(x, weight, y)
+    if rounded:
+        from trichord.cpu_fallback.in_place import multiply_panels
+
+        multiply_panels(x, rounded)
+
+
+def _multiply_tiles(x: torch.Tensor, weight: Weight, y: torch.Tensor) -> None:
     """y (T, N) = x (T, K) @ W.T, decoding a tile of W (N, K) after the other."""
     rows, columns = weight.shape
     step = max(1, _TILE_WEIGHTS // columns)

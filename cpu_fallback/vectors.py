@@ -134,12 +134,17 @@ class Vector:
         return self._compare(">", other)
 
 
+def widest(features: str) -> int:
+    """Lanes of 32 bits in the widest vectors of a CPU with these features, or 8 where all are narrower."""
+    return 16 if "+avx512bw" in features else 8
+
+
 class Emitter:
     """Emits code at a builder's place for a CPU with these features (LLVM's names, such as "+avx2")."""
 
     def __init__(self, builder: ir.IRBuilder, triple: str, features: str) -> None:
         self.builder = builder
-        self.avx2 = "+avx2" in features
+        self.avx2, self.lanes = "+avx2" in features, widest(features)
         self._native_half = "+f16c" in features or not triple.startswith(("x86_64", "i686"))
         self._tables: dict[int, ir.GlobalVariable] = {}
 
@@ -150,6 +155,14 @@ class Emitter:
     def number(self, number: float, count: int = 1) -> Vector:
         """The same float32 number in every lane."""
         return Vector(self, self.constant(F32, number, count))
+
+    def zeros(self, element: ir.Type, count: int) -> Vector:
+        """Zero in every lane."""
+        return Vector(self, self.constant(element, 0, count))
+
+    def least(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """The smaller of two signed integers."""
+        return self.builder.select(self.builder.icmp_signed("<", a, b), a, b)
 
     def as_vector(self, value: ir.Value) -> ir.Value:
         """A scalar as a vector of one lane, which shuffles take."""
@@ -225,6 +238,12 @@ class Emitter:
         function = self.builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], function_type)
         self.builder.call(function, arguments)
 
+    def buffer(self, size: int) -> ir.Value:
+        """So many bytes on the stack, at the start of a cache line."""
+        place = cgutils.alloca_once(self.builder, I8, size=I32(size))
+        place.align = 64
+        return place
+
     def variable(self, initial: Vector) -> ir.Value:
         """Where a value lives that changes in loops: a register in the end."""
         place = cgutils.alloca_once(self.builder, initial.value.type)
@@ -291,12 +310,22 @@ class Emitter:
         return (number.bitcast(I32) | ((bits & 0x8000) << 16)).bitcast(F32)
 
     def multiply_pairs(self, a: Vector, b: Vector) -> Vector:
-        """16 signed words each -> 8 sums of 2 products; lanes 0 to 3 come from words 0 to 7, the rest from 8 to 15."""
-        if self.avx2:
-            return Vector(self, self.call("llvm.x86.avx2.pmadd.wd", _type(I32, 8), a.value, b.value), signed=True)
+        """Signed words -> half as many sums of 2 products, of neighbours."""
+        count = a.count // 2
+        if name := {8: self.avx2 and "avx2.pmadd.wd", 16: self.lanes == 16 and "avx512.pmaddw.d.512"}.get(count):
+            return Vector(self, self.call(f"llvm.x86.{name}", _type(I32, count), a.value, b.value), signed=True)
         a, b = (words.as_signed().integer(I32) for words in (a, b))
         products = a * b
-        return products.lanes([0, 1, 2, 3, 8, 9, 10, 11]) + products.lanes([4, 5, 6, 7, 12, 13, 14, 15])
+        return products.lanes(range(0, 2 * count, 2)) + products.lanes(range(1, 2 * count, 2))
+
+    def transpose(self, vectors: list[Vector]) -> list[Vector]:
+        """As many vectors of the same lanes, which hold the first lanes of all, then the second ones, and so on."""
+        half, count = len(vectors) // 2, vectors[0].count
+        order = [lane for i in range(count) for lane in (i, count + i)]
+        for _ in range(half.bit_length()):
+            pairs = zip(vectors[:half], vectors[half:], strict=True)
+            vectors = [a.lanes(part, b) for a, b in pairs for part in (order[:count], order[count:])]
+        return vectors
 
     def multiply_bytes(self, a: Vector, b: Vector) -> Vector:
         """32 bytes each (a signed, or below 128; b signed, not -128) -> 8 sums of 4 products, from words as above."""
