@@ -17,8 +17,8 @@ from trichord.cpu_fallback.vectors import F32, I8, I16, I32, I64, Emitter, Vecto
 
 BYTES = {"exact": 4, "default": 2, "fast": 1}
 """Of one activation, in each precision."""
-
-
+PANEL_COLUMNS = 256
+"""Columns of a panel that are rounded by one step for each row."""
 _CHUNK_GROUPS = 1 << 10
 """Groups a thread takes at a time."""
 
@@ -51,43 +51,21 @@ def prepare(x: torch.Tensor, precision: str) -> Activations:
     return Activations((source if precision == "exact" else address, *places), (x, memory))
 
 
-@functools.cache
-def _kernel(precision: str) -> int:
-    """Address of the kernel (see `jobs`) whose rows are groups of activations."""
-    itemsize = BYTES[precision]
-
-    def emit(emitter: Emitter, job: dict[str, ir.Value], first: ir.Value, last: ir.Value) -> None:
-        with emitter.loop(first, last) as group:
-            place = emitter.at(job["x"], group, 4 * GROUP)
-            parts = _load_group(emitter, place)
-            if precision == "exact":
-                halves = [emitter.sum(parts[i] + parts[i + 1]) for i in (0, 2)]
-            else:
-                parts, scale, halves = _round(emitter, parts, itemsize)
-                emitter.store(_arrange(emitter, parts, itemsize), emitter.at(job["y"], group, itemsize * GROUP))
-                emitter.store(scale, emitter.at(job["x_scales"], group, 4))
-            emitter.store(halves[0] + halves[1], emitter.at(job["x_sums"], group, 4))
-            emitter.store(emitter.concat(*halves), emitter.at(job["x_half_sums"], group, 8))
-
-    return compile_kernel(f"prepare_{precision}", emit)
-
-
 def prepare_panels(x: torch.Tensor) -> Activations:
     """x (T, K) float32, contiguous, K in whole groups, in panels of L rows; past the last row, it is repeated.
 
-    The addresses are those of (panels, K / 2, L, 2) int16, each group's pairs in the order of its rows in `prepare`,
-    and of float32 (panels, K / 32, L) scales, as many sums, and (panels, K / 16, L) sums of halves.
+    Here a step of the 16-bit integers is that of a stretch of PANEL_COLUMNS columns. The addresses are those of
+    (panels, K / 2, L, 2) int16, each group's pairs in the order of a row of `prepare`, and of float32: the steps
+    (panels, stretches, L), in them the sums of groups (panels, K / 32, L) and of half groups (panels, K / 16, L).
     """
     lanes, groups = panel_rows(), x.shape[1] // GROUP
-    panels = -(-len(x) // lanes)
-    count = panels * groups * lanes
-    memory = torch.empty(count * (2 * GROUP + 16), dtype=torch.uint8)
-    address = memory.data_ptr()
-    scales = address + 2 * GROUP * count
-    places = address, scales, scales + 4 * count, scales + 8 * count
-    chunk = _CHUNK_GROUPS // lanes
-    run([Job(_panel_kernel(), panels * groups, chunk, x.shape[1], x.data_ptr(), 0, 0, 0, len(x), 0, *places)])
-    return Activations(places, (memory,))
+    panels, stretches = -(-len(x) // lanes), -(-x.shape[1] // PANEL_COLUMNS)
+    sizes = [panels * lanes * size for size in (2 * GROUP * groups, 4 * stretches, 4 * groups, 8 * groups)]
+    memory = torch.empty(sum(sizes), dtype=torch.uint8)
+    places = [memory.data_ptr() + sum(sizes[:i]) for i in range(4)]
+    chunk = _CHUNK_GROUPS * GROUP // PANEL_COLUMNS // lanes
+    run([Job(_panel_kernel(), panels * stretches, chunk, x.shape[1], x.data_ptr(), 0, 0, 0, len(x), 0, *places)])
+    return Activations(tuple(places), (memory,))
 
 
 @functools.cache
@@ -100,49 +78,99 @@ def panel_rows() -> int:
 
 @functools.cache
 def _panel_kernel() -> int:
-    """Address of the kernel (see `jobs`) whose rows are the groups of one panel after the other; x is its weights."""
+    """Address of the kernel (see `jobs`) whose rows are the stretches of each panel in turn; x is its weights."""
+    most = PANEL_COLUMNS // GROUP
 
     def emit(e: Emitter, job: dict[str, ir.Value], first: ir.Value, last: ir.Value) -> None:
         builder, lanes = e.builder, e.lanes
-        buffer = e.buffer(lanes * 2 * GROUP)
+        buffer = e.buffer(lanes * 2 * PANEL_COLUMNS)
         groups = builder.udiv(job["columns"], I64(GROUP))
+        stretches = builder.udiv(builder.add(groups, I64(most - 1)), I64(most))
         with e.loop(first, last) as row:
-            panel, group = builder.udiv(row, groups), builder.urem(row, groups)
-            start = builder.mul(row, I64(lanes))
+            panel = builder.udiv(row, stretches)
+            begin = builder.mul(builder.urem(row, stretches), I64(most))
+            count = e.least(builder.sub(groups, begin), I64(most))
+            begin = builder.add(builder.mul(panel, groups), begin)  # among the groups of all panels
             with e.loop(I64(0), I64(lanes)) as lane:
                 of_x = e.least(builder.add(builder.mul(panel, I64(lanes)), lane), builder.sub(job["tokens"], I64(1)))
-                number = builder.add(builder.mul(of_x, job["columns"]), builder.mul(group, I64(GROUP)))
-                parts, scale, halves = _round(e, _load_group(e, e.at(job["weights"], number, 4)), 2)
-                e.store(_arrange(e, parts, 2), e.move(buffer, builder.mul(lane, I64(2 * GROUP))))
-                number = builder.add(start, lane)
-                e.store(scale, e.at(job["x_scales"], number, 4))
-                e.store(halves[0] + halves[1], e.at(job["x_sums"], number, 4))
-                for half, value in enumerate(halves):
-                    of_half = builder.add(builder.add(start, number), I64(half * lanes))
-                    e.store(value, e.at(job["x_half_sums"], of_half, 4))
-            pairs = [e.load(e.move(buffer, 2 * GROUP * lane), I32, GROUP // 2) for lane in range(lanes)]
-            for i, vector in enumerate(e.transpose(pairs)):
-                e.store(vector, e.move(e.at(job["x"], start, 2 * GROUP), 2 * GROUP * i))
+                start = builder.add(builder.mul(builder.sub(of_x, panel), groups), begin)
+                place = e.variable(e.zeros(I32, 8))
+                with e.loop(I64(0), count) as i:
+                    parts = _load_group(e, job["weights"], builder.add(start, i))
+                    builder.store(e.maximum(Vector(e, builder.load(place)), _magnitudes(e, parts)).value, place)
+                largest = e.largest(Vector(e, builder.load(place))).bitcast(F32)
+                with e.loop(I64(0), count) as i:
+                    parts = _rounded(e, _load_group(e, job["weights"], builder.add(start, i)), largest, 2)
+                    number = builder.add(builder.mul(lane, I64(most)), i)
+                    e.store(_arrange(e, parts, 2), e.move(buffer, builder.mul(number, I64(2 * GROUP))))
+                    halves = [half.float() for half in _half_sums(e, parts)]
+                    number = builder.mul(builder.add(begin, i), I64(lanes))
+                    e.store(halves[0] + halves[1], e.at(job["x_sums"], builder.add(number, lane), 4))
+                    number = builder.add(builder.mul(number, I64(2)), lane)
+                    for half, value in enumerate(halves):
+                        e.store(value, e.at(job["x_half_sums"], builder.add(number, I64(half * lanes)), 4))
+                number = builder.add(builder.mul(row, I64(lanes)), lane)
+                e.store(largest / _limit(2), e.at(job["x_scales"], number, 4))
+            with e.loop(I64(0), count) as i:
+                source = e.move(buffer, builder.mul(i, I64(2 * GROUP)))
+                target = e.at(job["x"], builder.add(begin, i), 2 * GROUP * lanes)
+                pairs = [e.load(e.move(source, 2 * PANEL_COLUMNS * lane), I32, GROUP // 2) for lane in range(lanes)]
+                for lane, vector in enumerate(e.transpose(pairs)):
+                    e.store(vector, e.move(target, 2 * GROUP * lane))
 
     return compile_kernel("prepare_panels", emit)
 
 
-def _load_group(emitter: Emitter, pointer: ir.Value) -> list[Vector]:
-    return [emitter.load(emitter.move(pointer, 32 * i), F32, 8) for i in range(4)]
+@functools.cache
+def _kernel(precision: str) -> int:
+    """Address of the kernel (see `jobs`) whose rows are groups of activations."""
+    itemsize = BYTES[precision]
+
+    def emit(emitter: Emitter, job: dict[str, ir.Value], first: ir.Value, last: ir.Value) -> None:
+        with emitter.loop(first, last) as group:
+            parts = _load_group(emitter, job["x"], group)
+            if precision == "exact":
+                halves = _half_sums(emitter, parts)
+            else:
+                largest = emitter.largest(_magnitudes(emitter, parts)).bitcast(F32)
+                parts, scale = _rounded(emitter, parts, largest, itemsize), largest / _limit(itemsize)
+                emitter.store(_arrange(emitter, parts, itemsize), emitter.at(job["y"], group, itemsize * GROUP))
+                emitter.store(scale, emitter.at(job["x_scales"], group, 4))
+                halves = [half.float() * scale for half in _half_sums(emitter, parts)]
+            emitter.store(halves[0] + halves[1], emitter.at(job["x_sums"], group, 4))
+            emitter.store(emitter.concat(*halves), emitter.at(job["x_half_sums"], group, 8))
+
+    return compile_kernel(f"prepare_{precision}", emit)
 
 
-def _round(emitter: Emitter, parts: list[Vector], itemsize: int) -> tuple[list[Vector], Vector, list[Vector]]:
-    """A group's activations as integers of 32 bits, what one step of them stands for, and the sums of both halves."""
-    limit = float((1 << (8 * itemsize - 1)) - 1)
-    # Magnitudes keep their order read as integers; NaN, which no comparison of floats would keep, comes out on top.
-    magnitudes = [part.bitcast(I32) & 0x7FFFFFFF for part in parts]
-    largest = emitter.largest(functools.reduce(emitter.maximum, magnitudes)).bitcast(F32)
-    # Otherwise all become zeros: of the scale's own size, or infinity times zero, which is NaN as it should be.
+def _load_group(emitter: Emitter, x: ir.Value, group: ir.Value) -> list[Vector]:
+    place = emitter.at(x, group, 4 * GROUP)
+    return [emitter.load(emitter.move(place, 32 * i), F32, 8) for i in range(4)]
+
+
+def _half_sums(emitter: Emitter, parts: list[Vector]) -> list[Vector]:
+    return [emitter.sum(parts[i] + parts[i + 1]) for i in (0, 2)]
+
+
+def _magnitudes(emitter: Emitter, parts: list[Vector]) -> Vector:
+    """The largest of some lanes each, as bits: their order is that of the numbers.
+
+    NaN, which no comparison of floats would keep, comes out on top.
+    """
+    return functools.reduce(emitter.maximum, [part.bitcast(I32) & 0x7FFFFFFF for part in parts])
+
+
+def _limit(itemsize: int) -> float:
+    """The integer that the largest activation becomes."""
+    return float((1 << (8 * itemsize - 1)) - 1)
+
+
+def _rounded(emitter: Emitter, parts: list[Vector], largest: Vector, itemsize: int) -> list[Vector]:
+    """Activations as integers of 32 bits, in steps of `largest` / `_limit`."""
+    # Otherwise all become zeros: of the step's own size, or infinity times zero, which is NaN as it should be.
     usable = (largest > 1e-30) & (largest < float("inf"))
-    inverse = emitter.select(usable, emitter.number(limit) / largest, emitter.number(0.0))
-    parts = [emitter.select(usable, part, emitter.number(0.0)) * inverse for part in parts]
-    parts, scale = [emitter.round(part) for part in parts], largest / limit
-    return parts, scale, [emitter.sum(parts[i] + parts[i + 1]).float() * scale for i in (0, 2)]
+    inverse = emitter.select(usable, emitter.number(_limit(itemsize)) / largest, emitter.number(0.0))
+    return [emitter.round(emitter.select(usable, part, emitter.number(0.0)) * inverse) for part in parts]
 
 
 def _arrange(emitter: Emitter, integers: list[Vector], itemsize: int) -> Vector:

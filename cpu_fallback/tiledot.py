@@ -3,11 +3,12 @@
 A tile is some rows of weights: a stretch of its columns is decoded to 16-bit integers, small enough for the nearest
 cache, and multiplied by all tokens before the next. The activations wait in panels: as many tokens as a vector has
 lanes, so that two neighbouring columns of all of them are one load. Two such weights go into all lanes, and one
-instruction (or two) adds the products of both to the sums of a panel. Four rows of weights and some panels share their
-loads; the integer sums of a group stay in registers until they become float32, times the scales of both.
+instruction (or two) adds the products of both to the sums of a panel. Some rows of weights and some panels share their
+loads; the integer sums of a group stay in registers until they become float32, times the weights' scale, and all of a
+stretch until they are multiplied by the activations' one.
 
-A group's sums hold at most 32 * 128 * 32767, like those of `rowdot`, whose formats and rounding these are. The order of
-the columns within a group is that of `activations.arrange`, on both sides.
+A group's sums hold at most 32 * 128 * 32767, like those of `rowdot`. The order of the columns within a group is the one
+that both `even_odd` and the activations have.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 from llvmlite import ir
 from numba.core import cgutils
 
+from trichord.cpu_fallback.activations import PANEL_COLUMNS
 from trichord.cpu_fallback.decode import DECODERS, GROUP, chunk
 from trichord.cpu_fallback.dequantize import NumpyBlock
 from trichord.cpu_fallback.jobs import compile_kernel
@@ -27,17 +29,13 @@ from trichord.weight_format import WeightFormat
 
 TILE_ROWS = 32
 """Rows of weights of a tile."""
-_ROWS = 4
-"""Rows of weights whose sums are in registers together."""
-_COLUMNS = 256
-"""Columns decoded together: a block of the largest formats."""
 _TOKENS = 512
 """Tokens whose sums wait together, 64 KiB of them; more tokens take turns, for which weights are decoded anew."""
+_SHAPES = {16: (8, (2, 1)), 8: (2, (2, 1))}
+"""By the lanes of a vector: rows of weights, and panels that meet at once; fewer for the last ones (measured).
 
-
-def _panels_together(emitter: Emitter) -> tuple[int, ...]:
-    """Panels that a row's weights meet at once: 16 or 8 sums, of 32 or 16 registers; then fewer for the rest."""
-    return (4, 2, 1) if emitter.lanes == 16 else (2, 1)
+Their sums, of integers and of floats, about fill the 32 or 16 registers.
+"""
 
 
 @functools.cache
@@ -46,28 +44,62 @@ def tile_kernel(format: WeightFormat) -> int:
     return compile_kernel(f"tile_{format.name}", lambda e, job, *rows: _Tile(e, job, format).emit(*rows))
 
 
+class _Panel:
+    """A stretch of a panel, as `activations.prepare_panels` lays it."""
+
+    def __init__(self, tile: _Tile, panel: ir.Value, stretch: ir.Value) -> None:
+        self.emitter, self.builder, self.lanes = tile.emitter, tile.builder, tile.lanes
+        builder = self.builder
+        columns = builder.mul(panel, tile.job["columns"])  # before this panel
+        stretches = builder.udiv(builder.add(tile.job["columns"], I64(PANEL_COLUMNS - 1)), I64(PANEL_COLUMNS))
+        steps = builder.add(builder.mul(panel, stretches), stretch)
+        columns = builder.add(columns, builder.mul(stretch, I64(PANEL_COLUMNS)))
+        sums = "x_half_sums" if tile.halves == 2 else "x_sums"
+        self._x = self.emitter.at(tile.job["x"], columns, 2 * self.lanes)
+        self._sums = self.emitter.at(tile.job[sums], builder.udiv(columns, I64(GROUP // tile.halves)), 4 * self.lanes)
+        self._steps = self.emitter.at(tile.job["x_scales"], steps, 4 * self.lanes)
+
+    def pairs(self, group: ir.Value, step: int) -> Vector:
+        """Two columns of all rows."""
+        start = self.emitter.move(self._x, self.builder.mul(group, I64(2 * GROUP * self.lanes)))
+        return self.emitter.load(self.emitter.move(start, 4 * self.lanes * step), I16, 2 * self.lanes)
+
+    def sums(self, number: ir.Value) -> Vector:
+        """The sums of a group or a half of one."""
+        place = self.emitter.move(self._sums, self.builder.mul(number, I64(4 * self.lanes)))
+        return self.emitter.load(place, F32, self.lanes)
+
+    def steps(self) -> Vector:
+        """What one step of the integers stands for, and of the sums."""
+        return self.emitter.load(self._steps, F32, self.lanes)
+
+
 class _Tile:
     def __init__(self, emitter: Emitter, job: dict[str, ir.Value], format: WeightFormat) -> None:
         self.emitter, self.builder, self.job, self.format = emitter, emitter.builder, job, format
         self.lanes = emitter.lanes
+        self.rows, self.together = _SHAPES[self.lanes]
         self.weights, self.size = chunk(format)
         decoded = DECODERS[format](NumpyBlock(np.zeros((1, self.size), np.uint8)))
         self.halves = max(1, decoded.scales.shape[1] * GROUP // self.weights)
         self.with_minimums = decoded.minimums is not None
-        self.integers = emitter.buffer(TILE_ROWS * _COLUMNS * 2)
+        self.integers = emitter.buffer(TILE_ROWS * PANEL_COLUMNS * 2)
         self.factors, self.minimums = (emitter.buffer(TILE_ROWS * self._factors_of_row() * 4) for _ in range(2))
         self.sums = emitter.buffer(TILE_ROWS * _TOKENS * 4)
+        self.turned = emitter.buffer(self.lanes * self.lanes * 4)
 
     def _factors_of_row(self) -> int:
-        return _COLUMNS // GROUP * self.halves
+        return PANEL_COLUMNS // GROUP * self.halves
 
     def emit(self, first: ir.Value, last: ir.Value) -> None:
         """The kernel's body, for at most TILE_ROWS rows."""
         builder, emitter = self.builder, self.emitter
         count = builder.sub(last, first)
-        rows = builder.and_(builder.add(count, I64(_ROWS - 1)), I64(-_ROWS))  # past the last one, it is repeated
+        rows = builder.and_(
+            builder.add(count, I64(self.rows - 1)), I64(-self.rows)
+        )  # past the last one, it is repeated
         chunks = builder.udiv(self.job["columns"], I64(self.weights))
-        together = _COLUMNS // self.weights
+        together = PANEL_COLUMNS // self.weights
         turns = builder.udiv(builder.add(self.job["tokens"], I64(_TOKENS - 1)), I64(_TOKENS))
         with emitter.loop(I64(0), turns) as turn:
             token = builder.mul(turn, I64(_TOKENS))
@@ -81,8 +113,7 @@ class _Tile:
                     row = emitter.least(builder.add(first, i), builder.sub(last, I64(1)))
                     self._decode(i, row, begin, end)
                 groups = builder.mul(builder.sub(end, begin), I64(self.weights // GROUP))
-                group = builder.mul(begin, I64(self.weights // GROUP))
-                self._multiply(rows, token, tokens, group, groups)
+                self._multiply(rows, turn, tokens, stretch, groups)
             self._write(first, count, token, tokens)
 
     def _decode(self, i: ir.Value, row: ir.Value, begin: ir.Value, end: ir.Value) -> None:
@@ -94,101 +125,100 @@ class _Tile:
             pointer = emitter.move(start, builder.mul(number, I64(self.size)))
             quants, scales, minimums, _ = without_zero(DECODERS[self.format](LlvmBlock(emitter, pointer)))
             number = builder.sub(number, begin)
-            target = builder.add(builder.mul(i, I64(_COLUMNS)), builder.mul(number, I64(self.weights)))
+            target = builder.add(builder.mul(i, I64(PANEL_COLUMNS)), builder.mul(number, I64(self.weights)))
             for group, quant in enumerate(quants):
                 for part, words in enumerate(even_odd(quant)):
                     place = emitter.move(self.integers, builder.mul(target, I64(2)))
                     emitter.store(words, emitter.move(place, 64 * group + 32 * part))
             target = builder.add(builder.mul(i, I64(self._factors_of_row())), builder.mul(number, I64(factors)))
-            for vector, memory in ((scales, self.factors), (minimums, self.minimums)):
+            for vector, memory in ((scales, self.factors), (minimums and minimums * -1.0, self.minimums)):
                 if vector is not None:
                     vector = vector.lanes([k * vector.count // factors for k in range(factors)])
                     emitter.store(vector, emitter.move(memory, builder.mul(target, I64(4))))
 
-    def _multiply(self, rows: ir.Value, token: ir.Value, tokens: ir.Value, group: ir.Value, groups: ir.Value) -> None:
-        """Adds the products of the decoded groups, `group` the first, with all panels of these tokens."""
+    def _multiply(self, rows: ir.Value, turn: ir.Value, tokens: ir.Value, stretch: ir.Value, groups: ir.Value) -> None:
+        """Adds the products of the decoded groups with all panels of these tokens."""
         builder, emitter = self.builder, self.emitter
-        first = builder.udiv(token, I64(self.lanes))
         panels = builder.udiv(builder.add(tokens, I64(self.lanes - 1)), I64(self.lanes))
         done = I64(0)
-        for together in _panels_together(emitter):
+        for together in self.together:
             count = builder.udiv(builder.sub(panels, done), I64(together))
             with (
                 emitter.loop(I64(0), count) as i,
-                emitter.loop(I64(0), builder.udiv(rows, I64(_ROWS))) as quad,
-                emitter.loop(I64(0), groups) as g,
+                emitter.loop(I64(0), builder.udiv(rows, I64(self.rows))) as few,
             ):
-                panel = builder.add(done, builder.mul(i, I64(together)))
-                self._meet(builder.mul(quad, I64(_ROWS)), panel, builder.add(first, panel), together, group, g)
+                place = builder.add(done, builder.mul(i, I64(together)))
+                first = builder.add(place, builder.mul(turn, I64(_TOKENS // self.lanes)))
+                of_x = [_Panel(self, builder.add(first, I64(p)), stretch) for p in range(together)]
+                self._meet(builder.mul(few, I64(self.rows)), of_x, place, groups)
             done = builder.add(done, builder.mul(count, I64(together)))
 
-    def _meet(
-        self, row: ir.Value, place: ir.Value, panel: ir.Value, together: int, first: ir.Value, g: ir.Value
-    ) -> None:
-        """Group g of the decoded ones, of _ROWS rows, meets panels; their sums are number `place` and following."""
+    def _meet(self, row: ir.Value, panels: list[_Panel], place: ir.Value, groups: ir.Value) -> None:
+        """Some rows of the tile meet panels; these have the sums from number `place` on."""
         builder, emitter, lanes = self.builder, self.emitter, self.lanes
-        groups = builder.udiv(self.job["columns"], I64(GROUP))
-        numbers = [  # of the group, in each panel
-            builder.add(builder.mul(builder.add(panel, I64(p)), groups), builder.add(first, g)) for p in range(together)
-        ]
-        x = [emitter.at(self.job["x"], number, 2 * GROUP * lanes) for number in numbers]
-        quants = builder.add(builder.mul(row, I64(2 * _COLUMNS)), builder.mul(g, I64(2 * GROUP)))
-        quants = emitter.move(self.integers, quants)
-        steps = GROUP // 2 // self.halves
-        for half in range(self.halves):
-            totals = [[emitter.zeros(I32, lanes) for _ in range(together)] for _ in range(_ROWS)]
-            for step in self._steps(half, steps):
-                panels = [emitter.load(emitter.move(p, 4 * lanes * step), I16, 2 * lanes) for p in x]
-                for r in range(_ROWS):
-                    pair = emitter.load(emitter.move(quants, 2 * _COLUMNS * r + 4 * step), I32).widen(lanes)
-                    pair = pair.bitcast(I16)
-                    for p in range(together):
-                        totals[r][p] = totals[r][p] + emitter.multiply_pairs(panels[p], pair)
-            for r in range(_ROWS):
-                number = builder.add(builder.mul(g, I64(self.halves)), I64(half))
-                number = builder.add(builder.mul(builder.add(row, I64(r)), I64(self._factors_of_row())), number)
-                scale = emitter.load(emitter.move(self.factors, builder.mul(number, I64(4))), F32).widen(lanes)
-                for p in range(together):
-                    sums = builder.add(
-                        builder.mul(builder.add(row, I64(r)), I64(_TOKENS)),
-                        builder.mul(builder.add(place, I64(p)), I64(lanes)),
-                    )
-                    target = emitter.move(self.sums, builder.mul(sums, I64(4)))
-                    of_x = emitter.load(emitter.at(self.job["x_scales"], numbers[p], 4 * lanes), F32, lanes)
-                    total = emitter.load(target, F32, lanes)
-                    total = emitter.multiply_add(totals[r][p].as_signed().float(), scale * of_x, total)
-                    if self.with_minimums:
-                        minimum = emitter.load(emitter.move(self.minimums, builder.mul(number, I64(4))), F32)
-                        base, index = self.job["x_sums"], numbers[p]
-                        if self.halves == 2:
-                            base, index = self.job["x_half_sums"], builder.add(builder.mul(index, I64(2)), I64(half))
-                        of_x = emitter.load(emitter.at(base, index, 4 * lanes), F32, lanes)
-                        total = emitter.multiply_add((minimum * -1.0).widen(lanes), of_x, total)
-                    emitter.store(total, target)
-
-    def _steps(self, half: int, steps: int) -> list[int]:
-        """Pairs of a group's columns in the order of `arrange`: the even ones first, then the odd ones."""
-        if self.halves == 1:
-            return list(range(steps))
-        return [start + step for start in (0, 8) for step in range(4 * half, 4 * half + 4)]
+        size, pairs = self._factors_of_row(), GROUP // 2 // self.halves
+        totals = [[emitter.variable(emitter.zeros(F32, lanes)) for _ in panels] for _ in range(self.rows)]
+        quants, factors, minimums = (
+            emitter.move(memory, builder.mul(row, I64(row_bytes)))
+            for memory, row_bytes in (
+                (self.integers, 2 * PANEL_COLUMNS),
+                (self.factors, 4 * size),
+                (self.minimums, 4 * size),
+            )
+        )
+        with emitter.loop(I64(0), groups) as group:
+            words = emitter.move(quants, builder.mul(group, I64(2 * GROUP)))
+            for half in range(self.halves):
+                sums = [[emitter.zeros(I32, lanes) for _ in panels] for _ in range(self.rows)]
+                for step in range(pairs):
+                    step = 8 * (2 * step // pairs) + 4 * half + step % 4 if self.halves == 2 else step
+                    x = [panel.pairs(group, step) for panel in panels]
+                    for r in range(self.rows):
+                        pair = emitter.load(emitter.move(words, 2 * PANEL_COLUMNS * r + 4 * step), I32)
+                        pair = pair.widen(lanes).bitcast(I16)
+                        for p in range(len(panels)):
+                            sums[r][p] = sums[r][p] + emitter.multiply_pairs(x[p], pair)
+                number = builder.add(builder.mul(group, I64(self.halves)), I64(half))
+                of_row = builder.mul(number, I64(4))
+                for r in range(self.rows):
+                    for p, panel in enumerate(panels):
+                        numbers = [(factors, sums[r][p].as_signed().float())]
+                        if self.with_minimums:
+                            numbers.append((minimums, panel.sums(number)))
+                        total = Vector(emitter, builder.load(totals[r][p]))
+                        for memory, vector in numbers:
+                            factor = emitter.load(emitter.move(memory, builder.add(of_row, I64(4 * size * r))), F32)
+                            total = emitter.multiply_add(vector, factor, total)
+                        builder.store(total.value, totals[r][p])
+        for r in range(self.rows):
+            for p, panel in enumerate(panels):
+                number = builder.mul(builder.add(place, I64(p)), I64(lanes))
+                number = builder.add(builder.mul(builder.add(row, I64(r)), I64(_TOKENS)), number)
+                target = emitter.move(self.sums, builder.mul(number, I64(4)))
+                total = Vector(emitter, builder.load(totals[r][p]))
+                total = emitter.multiply_add(total, panel.steps(), emitter.load(target, F32, lanes))
+                emitter.store(total, target)
 
     def _write(self, first: ir.Value, count: ir.Value, token: ir.Value, tokens: ir.Value) -> None:
-        """The sums of all rows, to the results."""
-        builder, emitter = self.builder, self.emitter
-        quads = builder.udiv(count, I64(_ROWS))
-        rest = builder.mul(quads, I64(_ROWS))
+        """The sums of all rows, to the results: as many rows as a vector has lanes, of a panel, are turned together."""
+        builder, emitter, lanes = self.builder, self.emitter, self.lanes
 
-        def source(row: ir.Value, i: ir.Value) -> Vector:
-            place = builder.add(builder.mul(row, I64(_TOKENS)), i)
-            return emitter.load(emitter.move(self.sums, builder.mul(place, I64(4))), F32)
+        def source(row: ir.Value, i: ir.Value) -> ir.Value:
+            return emitter.move(self.sums, builder.mul(builder.add(builder.mul(row, I64(_TOKENS)), i), I64(4)))
 
         def target(row: ir.Value, i: ir.Value) -> ir.Value:
             place = builder.mul(builder.add(token, i), self.job["y_stride"])
             return emitter.at(self.job["y"], builder.add(builder.add(first, row), place), 4)
 
-        with emitter.loop(I64(0), quads) as quad, emitter.loop(I64(0), tokens) as i:
-            row = builder.mul(quad, I64(_ROWS))
-            numbers = [source(builder.add(row, I64(r)), i) for r in range(_ROWS)]
-            emitter.store(emitter.concat(*numbers), target(row, i))
-        with emitter.loop(rest, count) as row, emitter.loop(I64(0), tokens) as i:
-            emitter.store(source(row, i), target(row, i))
+        turns = builder.udiv(count, I64(lanes))
+        panels = builder.udiv(builder.add(tokens, I64(lanes - 1)), I64(lanes))
+        with emitter.loop(I64(0), panels) as panel, emitter.loop(I64(0), turns) as turn:
+            row, start = builder.mul(turn, I64(lanes)), builder.mul(panel, I64(lanes))
+            vectors = [emitter.load(source(builder.add(row, I64(r)), start), F32, lanes) for r in range(lanes)]
+            for r, vector in enumerate(emitter.transpose(vectors)):
+                emitter.store(vector, emitter.move(self.turned, 4 * lanes * r))
+            with emitter.loop(I64(0), emitter.least(builder.sub(tokens, start), I64(lanes))) as i:
+                vector = emitter.load(emitter.move(self.turned, builder.mul(i, I64(4 * lanes))), F32, lanes)
+                emitter.store(vector, target(row, builder.add(start, i)))
+        with emitter.loop(builder.mul(turns, I64(lanes)), count) as row, emitter.loop(I64(0), tokens) as i:
+            emitter.store(emitter.load(source(row, i), F32), target(row, i))
