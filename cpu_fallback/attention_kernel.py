@@ -19,6 +19,7 @@ import torch
 from numba import carray, types
 from numba.extending import intrinsic
 
+from trichord.cpu_fallback.activations import panel_rows
 from trichord.cpu_fallback.attention_pages import GROUP, load_keys, load_values
 from trichord.cpu_fallback.attention_scores import cap, soften, tilt
 from trichord.cpu_fallback.jit import compiled, threads
@@ -29,8 +30,8 @@ from trichord.cpu_fallback.vectors import F32, I8, I64, Vector
 TILE = 32
 """Rows of a task: its queries, scores and means, and a page of keys and values, together fit the second-level cache."""
 
-ROWS, COLUMNS = 4, 16
-"""A product's sums in registers: eight vectors of eight hide the latency of the multiply-add."""
+ROWS, COLUMNS = 4, 2 * panel_rows()
+"""A product's sums in registers: eight vectors hide the latency of the multiply-add."""
 
 _X = FIELDS.index("x")  # where a job says what its kernel works on
 _ADDRESSES = "q", "key_cache", "value_cache", "page_tables", "query_starts", "context_lengths", "output", "states"
@@ -55,21 +56,22 @@ each task leaves its state (see `_attend_tile`) at `states`, one after the other
 
 @intrinsic
 def _add_products(typing_context, sums, sums_stride, factors, factors_stride, vectors, vectors_stride, count):  # type: ignore[no-untyped-def]
-    """sums[:4, :16] += factors[:4, :count] @ vectors[:count, :16], at these addresses, with strides in bytes."""
+    """sums[:ROWS, :COLUMNS] += factors[:ROWS, :count] @ vectors[:count, :COLUMNS]: addresses, strides in bytes."""
 
     def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         emitter = emitter_for(context, builder)
         sums, sums_stride, factors, factors_stride, vectors, vectors_stride, count = arguments
         sums, factors, vectors = (builder.inttoptr(a, I8.as_pointer()) for a in (sums, factors, vectors))
-        parts = range(0, 4 * COLUMNS, 32)
+        lanes = emitter.lanes
+        parts = range(0, 4 * COLUMNS, 4 * lanes)
         places = [
             [emitter.move(emitter.move(sums, builder.mul(sums_stride, I64(row))), part) for part in parts]
             for row in range(ROWS)
         ]
-        variables = [[emitter.variable(emitter.load(place, F32, 8)) for place in row] for row in places]
+        variables = [[emitter.variable(emitter.load(place, F32, lanes)) for place in row] for row in places]
         with emitter.loop(I64(0), count) as index:
             vector = emitter.move(vectors, builder.mul(index, vectors_stride))
-            loaded = [emitter.load(emitter.move(vector, part), F32, 8) for part in parts]
+            loaded = [emitter.load(emitter.move(vector, part), F32, lanes) for part in parts]
             factor = emitter.move(factors, builder.mul(index, I64(4)))
             for row, row_variables in enumerate(variables):
                 scalar = emitter.load(emitter.move(factor, builder.mul(factors_stride, I64(row))), F32)
@@ -119,8 +121,9 @@ def _attend_tile(problem, task, state):  # type: ignore[no-untyped-def]
     itemsize, scale = problem.itemsize, problem.scale
     key_scales, value_scales = -(-size // GROUP), -(-value_size // GROUP)  # of a row
     queries = np.zeros((state.shape[0], size), np.float32)
-    scores = np.empty((state.shape[0], page), np.float32)
-    keys = np.empty((size, page), np.float32)
+    columns = (page + COLUMNS - 1) // COLUMNS * COLUMNS
+    scores = np.empty((state.shape[0], columns), np.float32)
+    keys = np.empty((size, columns), np.float32)
     values = np.zeros((page, state.shape[1] - 2), np.float32)
     for row in range(rows):
         token, head = first_token + (first_row + row) // group, kv_head * group + (first_row + row) % group

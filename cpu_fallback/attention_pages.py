@@ -83,7 +83,7 @@ def load_keys(target, address, scales, itemsize, count):  # type: ignore[no-unty
 
     Numbers of one byte come with the address of the first key's scales.
     """
-    size, page = target.shape
+    size = len(target)
     row_scales = (size + GROUP - 1) // GROUP * 2
     for column in range(0, size - 7, 8):
         for row in range(0, count, 8):
@@ -100,12 +100,12 @@ def load_keys(target, address, scales, itemsize, count):  # type: ignore[no-unty
         for row in range(count):
             if itemsize == 1:
                 factor = from_half(halves(scales + row * row_scales, size)[column // GROUP])
-                number = signed_bytes(address, page * size)[row * size + column]
+                number = signed_bytes(address + row * size * itemsize, size)[column]
                 target[column, row] = np.float32(number) * factor
             elif itemsize == 2:
-                target[column, row] = from_half(halves(address, page * size)[row * size + column])
+                target[column, row] = from_half(halves(address + row * size * itemsize, size)[column])
             else:
-                target[column, row] = floats(address, page * size)[row * size + column]
+                target[column, row] = floats(address + row * size * itemsize, size)[column]
 
 
 @compiled
