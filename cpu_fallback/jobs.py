@@ -64,6 +64,8 @@ class Job(NamedTuple):
     """Address of float32: the sum of each half of a group."""
 
 
+KERNEL_NAMES: dict[int, str] = {}
+"""Of each kernel, by its address: for profiles."""
 FIELDS = Job._fields
 _ROWS, _CHUNK_ROWS, _COLUMNS, _TOKENS = map(FIELDS.index, ("rows", "chunk_rows", "columns", "tokens"))
 
@@ -92,7 +94,9 @@ def compile_kernel(name: str, emit: Callable[[Emitter, dict[str, ir.Value], ir.V
 
 def kernel_address(function: FunctionType) -> int:
     """Address of a kernel: the function, of a job's address and the first and the last row, compiled."""
-    return compile_address(function, "void(CPointer(int64), int64, int64)")
+    address = compile_address(function, "void(CPointer(int64), int64, int64)")
+    KERNEL_NAMES[address] = function.__qualname__
+    return address
 
 
 def _kernel(job, first, last):  # type: ignore[no-untyped-def]

@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("name a MODEL.gguf or a model to make up (--synthetic SHAPE:MIX)")
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            result = _measure(options.model or _synthesize(options.synthetic, Path(folder)), options)
+            result = _measure(options.model or synthesize(options.synthetic, Path(folder)), options)
     except TrichordError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _synthesize(named: str, folder: Path) -> Path:
+def synthesize(named: str, folder: Path) -> Path:
     from synthetic_model import write_synthetic_model
 
     shape, _, mix = named.partition(":")
