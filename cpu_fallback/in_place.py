@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from trichord.cpu_fallback.activations import Activations, prepare, prepare_panels
-from trichord.cpu_fallback.jit import compiled
+from trichord.cpu_fallback.jit import compiled, threads
 from trichord.cpu_fallback.jobs import FIELDS, Job, run
 from trichord.cpu_fallback.rowdot import dequantize_kernel, dot_kernel
 from trichord.cpu_fallback.tiledot import TILE_ROWS, tile_kernel
@@ -17,10 +17,13 @@ from trichord.weight_format import Weight, WeightFormat
 
 _STEPS = (4, 2, 1)
 """Rows of activations a kernel takes at a time; more would not stay in 16 registers."""
-_CHUNK_WEIGHTS = 1 << 17
-"""Weights a thread takes at a time: some 8 microseconds of work, and a packed chunk stays in the cache."""
-_KERNEL, _ROWS, _WEIGHTS, _ROW_BYTES, _TOKENS, _PAIRS, _X, _Y = map(
-    FIELDS.index, ("kernel", "rows", "weights", "row_bytes", "tokens", "pairs", "x", "y")
+_CHUNK_WEIGHTS = 1 << 17, 1 << 22
+"""Weights a thread takes at a time, at least and at most: 4 to 100 microseconds of work. At the start of a chunk nothing
+is fetched ahead."""
+_CHUNKS = 2
+"""Chunks for each thread where they are no larger than that: for threads of unequal speed."""
+_KERNEL, _ROWS, _CHUNK_ROWS, _COLUMNS, _WEIGHTS, _ROW_BYTES, _TOKENS, _PAIRS, _X, _Y = map(
+    FIELDS.index, ("kernel", "rows", "chunk_rows", "columns", "weights", "row_bytes", "tokens", "pairs", "x", "y")
 )
 
 Product: TypeAlias = tuple[Weight, str, torch.Tensor]
@@ -32,7 +35,7 @@ def multiply(x: torch.Tensor, products: list[Product]) -> None:
 
     A token takes a hundred of these calls: of their jobs, only addresses change from one to the next.
     """
-    fixed, owners = _whole_jobs(tuple(_matrix(*product) for product in products), len(x))
+    fixed, owners = _whole_jobs(tuple(_matrix(*product) for product in products), len(x), threads())
     jobs = fixed.copy()
     jobs[:, _Y] = [products[owner][2].data_ptr() for owner in owners]
     activations = _enter(jobs, x, [products[owner][1] for owner in owners])
@@ -55,6 +58,7 @@ def multiply_paired(
     kernels = [_kernels(weight.format, precision, most) for weight, precision, _ in products]
     jobs = np.empty((len(products) * min(len(pairs), len(_STEPS) * len(starts)), len(FIELDS)), np.int64)
     used = _fill(jobs, templates, np.array(kernels, np.int64), pairs, starts, counts)
+    _set_chunks(jobs[:used])
     run(jobs[:used])
     del activations
 
@@ -81,7 +85,15 @@ def _matrix(weight: Weight, precision: str, _: torch.Tensor) -> tuple[int, int, 
 
 
 def _template(address: int, row_bytes: int, rows: int, columns: int) -> Job:
-    return Job(0, rows, max(1, _CHUNK_WEIGHTS // columns), columns, address, row_bytes, y_stride=rows)
+    return Job(0, rows, 1, columns, address, row_bytes, y_stride=rows)
+
+
+def _set_chunks(jobs: np.ndarray) -> None:
+    """Divides the rows of all jobs among the threads."""
+    least, most = _CHUNK_WEIGHTS
+    weights = int(np.sum(jobs[:, _ROWS] * jobs[:, _COLUMNS]))
+    chunk = min(max(weights // (_CHUNKS * threads()), least), most)
+    jobs[:, _CHUNK_ROWS] = np.maximum(1, chunk // jobs[:, _COLUMNS])
 
 
 def _kernels(format: WeightFormat, precision: str, most: int) -> list[int]:
@@ -99,13 +111,17 @@ def _enter(jobs: np.ndarray, x: torch.Tensor, precisions: list[str]) -> list[Act
 
 
 @functools.lru_cache(maxsize=4096)
-def _whole_jobs(matrices: tuple[tuple, ...], tokens: int) -> tuple[np.ndarray, list[int]]:
-    """The jobs of `multiply` without the addresses of a call, and the number of the matrix that each belongs to."""
+def _whole_jobs(matrices: tuple[tuple, ...], tokens: int, _: int) -> tuple[np.ndarray, list[int]]:
+    """The jobs of `multiply` without the addresses of a call, and the number of the matrix that each belongs to.
+
+    They are divided for the present number of threads, by which the results are kept.
+    """
     templates = np.array([_template(*matrix[:4]) for matrix in matrices], np.int64)
     kernels = np.array([_kernels(*matrix[4:], tokens) for matrix in matrices], np.int64)
     jobs = np.empty((len(matrices) * len(_STEPS), len(FIELDS)), np.int64)
     starts, counts = np.zeros(1, np.int64), np.full((len(matrices), 1), tokens, np.int64)
     used = _fill(jobs, templates, kernels, _rows_in_order(tokens), starts, counts)
+    _set_chunks(jobs[:used])
     return jobs[:used], [i * len(matrices) // used for i in range(used)]
 
 
@@ -138,4 +154,5 @@ def _fill(jobs, templates, kernels, pairs, starts, counts):  # type: ignore[no-u
 def decode(data: torch.Tensor, format: WeightFormat, values: torch.Tensor) -> None:
     """Packed rows (R, row_bytes) uint8 -> values (R, columns) float32; columns in whole groups of 32."""
     job = _template(data.data_ptr(), data.stride(0), *values.shape)
-    run([job._replace(kernel=dequantize_kernel(format), y=values.data_ptr(), y_stride=values.stride(0))])
+    job = job._replace(kernel=dequantize_kernel(format), y=values.data_ptr(), y_stride=values.stride(0))
+    run([job._replace(chunk_rows=max(1, _CHUNK_WEIGHTS[0] // job.columns))])
