@@ -29,7 +29,7 @@ class Activations(NamedTuple):
     addresses: tuple[int, int, int, int]
     """As the last fields of a `Job` have them:
 
-    (T, K) float32, int8, or int16: then of each group first the 16 even ones, then the 16 odd ones;
+    (T, K) float32, int8, or int16, these in the order that `vectors.words` has within a group;
     (T, K / 32) float32: what one step of the integers stands for;
     (T, K / 32) float32: the sum of each group, as rounded;
     (T, K / 16) float32: the sum of each half of a group.
@@ -176,6 +176,6 @@ def _rounded(emitter: Emitter, parts: list[Vector], largest: Vector, itemsize: i
 def _arrange(emitter: Emitter, integers: list[Vector], itemsize: int) -> Vector:
     """A group's integers in their own width and the order that the kernels want."""
     together = emitter.concat(*integers)
-    if itemsize == 2:
+    if itemsize == 2 and emitter.lanes == 8:  # as `vectors.words` has the weights
         together = together.lanes([*range(0, GROUP, 2), *range(1, GROUP, 2)])
     return together.truncate(I16 if itemsize == 2 else I8)

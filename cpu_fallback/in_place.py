@@ -18,8 +18,10 @@ from trichord.weight_format import Weight, WeightFormat
 _STEPS = (4, 2, 1)
 """Rows of activations a kernel takes at a time; more would not stay in 16 registers."""
 _CHUNK_WEIGHTS = 1 << 17, 1 << 22
-"""Weights a thread takes at a time, at least and at most: 4 to 100 microseconds of work. At the start of a chunk nothing
-is fetched ahead."""
+"""Weights a thread takes at a time, at least and at most: 4 to 100 microseconds of work.
+
+What a chunk begins with has not been fetched ahead.
+"""
 _CHUNKS = 2
 """Chunks for each thread where they are no larger than that: for threads of unequal speed."""
 _KERNEL, _ROWS, _CHUNK_ROWS, _COLUMNS, _WEIGHTS, _ROW_BYTES, _TOKENS, _PAIRS, _X, _Y = map(

@@ -9,7 +9,7 @@ through the way a group of 32 weights meets 32 activations:
 
 The integer sum of a group (at most 32 * 128 * 32767, which 31 bits hold) becomes float32 at once and is added up times
 the product of both scales. All lanes of an accumulator are summed at the end of the row, so only scales care which
-lane is which: lanes 0 to 3 belong to the first 16 weights of a group, lanes 4 to 7 to the other 16.
+lane is which: the first half of them belongs to the first 16 weights of a group.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trichord.cpu_fallback.activations import BYTES
 from trichord.cpu_fallback.decode import DECODERS, GROUP, Decoded, chunk
 from trichord.cpu_fallback.dequantize import NumpyBlock
 from trichord.cpu_fallback.jobs import compile_kernel
-from trichord.cpu_fallback.vectors import F32, I8, I16, I32, I64, Emitter, LlvmBlock, Vector, even_odd
+from trichord.cpu_fallback.vectors import F32, I8, I16, I32, I64, Emitter, LlvmBlock, Vector, words
 from trichord.weight_format import WeightFormat
 
 _STRIDE = 256
@@ -156,13 +156,14 @@ class _Dot(_Rows):
     ) -> None:
         super().__init__(emitter, job, format)
         self.tokens, self.itemsize = range(tokens), BYTES[precision]
+        self.lanes = emitter.lanes if precision == "default" else 8
         self.meet = {"exact": self._meet_floats, "default": self._meet_words, "fast": self._meet_bytes}[precision]
         count = I32(_MOST_FACTORS * _SPAN * tokens // 8)
         factors = cgutils.alloca_once(emitter.builder, ir.VectorType(F32, 8), size=count)  # aligned like its lanes
         self.factors = emitter.builder.bitcast(factors, I8.as_pointer())
         # A chain of additions waits for each one: a lone token gets several chains.
         self.sums = [
-            [emitter.variable(emitter.number(0.0, 8)) for _ in range(max(1, 4 // tokens))] for _ in self.tokens
+            [emitter.variable(emitter.number(0.0, self.lanes)) for _ in range(max(1, 4 // tokens))] for _ in self.tokens
         ]
 
     def emit(self, first: ir.Value, last: ir.Value) -> None:
@@ -182,7 +183,7 @@ class _Dot(_Rows):
 
     def begin_row(self) -> None:
         for place in (place for chains in self.sums for place in chains):
-            self.builder.store(self.emitter.number(0.0, 8).value, place)
+            self.builder.store(self.emitter.number(0.0, self.lanes).value, place)
 
     def end_row(self) -> None:
         for token in self.tokens:
@@ -269,26 +270,30 @@ class _Dot(_Rows):
         base = self.job["x_half_sums" if halves else "x_sums"]
         sums = self.emitter.load(self.emitter.at(base, index, 4), F32, (1 + halves) * self.groups)
         minimums = minimums.lanes([i * minimums.count // sums.count for i in range(sums.count)]) * -1.0
-        for i in range(0, sums.count, 8):
-            parts = (v.lanes(range(i, i + 8)) if v.count >= 8 else self._padded(v) for v in (minimums, sums))
-            self._add(token, i // 8, *parts)
+        lanes = self.lanes
+        for i in range(0, sums.count, lanes):
+            parts = (v.lanes(range(i, i + lanes)) if v.count >= lanes else self._padded(v) for v in (minimums, sums))
+            self._add(token, i // lanes, *parts)
 
     def _padded(self, vector: Vector) -> Vector:
         return vector.lanes(
-            [*range(vector.count), *[vector.count] * (8 - vector.count)], self.emitter.number(0.0, vector.count)
+            [*range(vector.count), *[vector.count] * (self.lanes - vector.count)],
+            self.emitter.number(0.0, vector.count),
         )
 
     def _read(self, factors: ir.Value, half: int | None = None) -> Vector:
         """The factors of a group's sums, lane by lane; those of one half alone for all lanes."""
         if half is not None:
-            return self.emitter.load(self.emitter.move(factors, 4 * half), F32).widen(8)
-        return self.emitter.load(factors, F32, self.halves).lanes([0] * 4 + [self.halves - 1] * 4)
+            return self.emitter.load(self.emitter.move(factors, 4 * half), F32).widen(self.lanes)
+        half = self.lanes // 2
+        return self.emitter.load(factors, F32, self.halves).lanes([0] * half + [self.halves - 1] * half)
 
     def _meet_words(self, token: int, group: int, quant: Vector, x: ir.Value, factors: ir.Value) -> None:
         emitter = self.emitter
-        activations = (emitter.load(emitter.move(x, i), I16, 16) for i in (0, 32))
-        first, second = map(emitter.multiply_pairs, even_odd(quant), activations)
-        self._add(token, group, (first + second).float(), self._read(factors))
+        parts = words(quant)
+        activations = (emitter.load(emitter.move(x, 32 * i), I16, parts[0].count) for i in range(len(parts)))
+        sums = functools.reduce(Vector.__add__, map(emitter.multiply_pairs, parts, activations))
+        self._add(token, group, sums.float(), self._read(factors))
 
     def _meet_bytes(self, token: int, group: int, quant: Vector, x: ir.Value, factors: ir.Value) -> None:
         sums = self.emitter.multiply_bytes(quant, self.emitter.load(x, I8, 32, signed=True))

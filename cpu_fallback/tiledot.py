@@ -8,7 +8,7 @@ loads; the integer sums of a group stay in registers until they become float32, 
 stretch until they are multiplied by the activations' one.
 
 A group's sums hold at most 32 * 128 * 32767, like those of `rowdot`. The order of the columns within a group is the one
-that both `even_odd` and the activations have.
+that both `words` and the activations have.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trichord.cpu_fallback.decode import DECODERS, GROUP, chunk
 from trichord.cpu_fallback.dequantize import NumpyBlock
 from trichord.cpu_fallback.jobs import compile_kernel
 from trichord.cpu_fallback.rowdot import without_zero
-from trichord.cpu_fallback.vectors import F32, I16, I32, I64, Emitter, LlvmBlock, Vector, even_odd
+from trichord.cpu_fallback.vectors import F32, I16, I32, I64, Emitter, LlvmBlock, Vector, words
 from trichord.weight_format import WeightFormat
 
 TILE_ROWS = 32
@@ -127,9 +127,9 @@ class _Tile:
             number = builder.sub(number, begin)
             target = builder.add(builder.mul(i, I64(PANEL_COLUMNS)), builder.mul(number, I64(self.weights)))
             for group, quant in enumerate(quants):
-                for part, words in enumerate(even_odd(quant)):
+                for part, vector in enumerate(words(quant)):
                     place = emitter.move(self.integers, builder.mul(target, I64(2)))
-                    emitter.store(words, emitter.move(place, 64 * group + 32 * part))
+                    emitter.store(vector, emitter.move(place, 2 * GROUP * group + 32 * part))
             target = builder.add(builder.mul(i, I64(self._factors_of_row())), builder.mul(number, I64(factors)))
             for vector, memory in ((scales, self.factors), (minimums and minimums * -1.0, self.minimums)):
                 if vector is not None:
@@ -167,14 +167,14 @@ class _Tile:
             )
         )
         with emitter.loop(I64(0), groups) as group:
-            words = emitter.move(quants, builder.mul(group, I64(2 * GROUP)))
+            of_group = emitter.move(quants, builder.mul(group, I64(2 * GROUP)))
             for half in range(self.halves):
                 sums = [[emitter.zeros(I32, lanes) for _ in panels] for _ in range(self.rows)]
                 for step in range(pairs):
-                    step = 8 * (2 * step // pairs) + 4 * half + step % 4 if self.halves == 2 else step
+                    step = self._place(step, half)
                     x = [panel.pairs(group, step) for panel in panels]
                     for r in range(self.rows):
-                        pair = emitter.load(emitter.move(words, 2 * PANEL_COLUMNS * r + 4 * step), I32)
+                        pair = emitter.load(emitter.move(of_group, 2 * PANEL_COLUMNS * r + 4 * step), I32)
                         pair = pair.widen(lanes).bitcast(I16)
                         for p in range(len(panels)):
                             sums[r][p] = sums[r][p] + emitter.multiply_pairs(x[p], pair)
@@ -198,6 +198,12 @@ class _Tile:
                 total = Vector(emitter, builder.load(totals[r][p]))
                 total = emitter.multiply_add(total, panel.steps(), emitter.load(target, F32, lanes))
                 emitter.store(total, target)
+
+    def _place(self, step: int, half: int) -> int:
+        """Which pair of a group is this one of a half, or of all of it."""
+        if self.halves == 2 and self.lanes == 8:  # even ones of both halves, then odd ones of both
+            return step // 4 * 8 + 4 * half + step % 4
+        return 8 * half + step
 
     def _write(self, first: ir.Value, count: ir.Value, token: ir.Value, tokens: ir.Value) -> None:
         """The sums of all rows, to the results: as many rows as a vector has lanes, of a panel, are turned together."""

@@ -145,6 +145,7 @@ class Emitter:
     def __init__(self, builder: ir.IRBuilder, triple: str, features: str) -> None:
         self.builder = builder
         self.avx2, self.lanes = "+avx2" in features, widest(features)
+        self._dot_bytes = "+avxvnni" in features.split(",") or {"+avx512vnni", "+avx512vl"} <= set(features.split(","))
         self._native_half = "+f16c" in features or not triple.startswith(("x86_64", "i686"))
         self._tables: dict[int, ir.GlobalVariable] = {}
 
@@ -336,6 +337,9 @@ class Emitter:
         if a.signed:  # the instruction multiplies unsigned by signed: |a| by b with a's sign
             b = b.make(self.call("llvm.x86.avx2.psign.b", b.value.type, b.value, a.value))
             a = a.make(self.call("llvm.abs.v32i8", a.value.type, a.value, self.constant(ir.IntType(1), 0)))
+        if self._dot_bytes:
+            operands = (vector.bitcast(I32).value for vector in (self.zeros(I32, 8), a, b))
+            return Vector(self, self.call("llvm.x86.avx512.vpdpbusd.256", _type(I32, 8), *operands), signed=True)
         sums = Vector(self, self.call("llvm.x86.avx2.pmadd.ub.sw", _type(I16, 16), a.value, b.value))
         return self.multiply_pairs(sums, Vector(self, self.constant(I16, 1, 16)))
 
@@ -344,6 +348,11 @@ def even_odd(quants: Vector) -> tuple[Vector, Vector]:
     """32 bytes -> the even ones and the odd ones, each as 16 words."""
     words = quants.bitcast(I16)
     return (words << 8) >> 8, words >> 8
+
+
+def words(quants: Vector) -> list[Vector]:
+    """32 bytes as words: all in one vector where the CPU has so wide ones, else the even ones and the odd ones."""
+    return [quants.integer(I16)] if quants.emitter.lanes == 16 else list(even_odd(quants))
 
 
 class LlvmBlock:
