@@ -189,9 +189,6 @@ def _table(name: str) -> np.ndarray:
         return quants.MXFP4.e8m0_to_fp32_half(np.arange(256))
     if name == "UE4M3":
         return quants.NVFP4.ue4m3_to_fp32(np.arange(256)).astype(np.float32)
-    if name == "even signs":  # 7 sign bits and an eighth that makes their number even, as bytes of 0 or 255
-        signs = np.unpackbits(np.frombuffer(quants.IQ2_XXS.ksigns, np.uint8), bitorder="little")
-        return signs.reshape(128, 8) * np.uint8(255)
     quant = getattr(quants, name)
     if hasattr(quant, "kvalues"):
         return np.array(quant.kvalues, np.int8).view(np.uint8)
@@ -237,9 +234,19 @@ def _signed_grid(block: Block, name: str, indices: Vector, signs: Vector) -> Vec
     return block.signed((block.look_up(_table(name), indices) ^ signs) - signs)
 
 
-def _even_signs(block: Block, word: Vector) -> Vector:
-    """The signs in four times 7 bits."""
-    return block.look_up(_table("even signs"), block.concat(*((word >> i) & 127 for i in (0, 7, 14, 21))))
+def _even_signs(block: Block, sevens: Vector) -> list[Vector]:
+    """Groups of signs, of each byte's 7 and an eighth that makes their number even."""
+    odd = sevens ^ (sevens >> 4)
+    odd = odd ^ (odd >> 2)
+    odd = odd ^ (odd >> 1)
+    signs = sevens | (odd << 7)
+    return [block.masks(block.part(signs, 4 * i, 4)) for i in range(8)]
+
+
+def _sevens(block: Block, words: list[Vector]) -> Vector:
+    """The four times 7 bits of each word, as bytes."""
+    together = block.concat(*words)
+    return block.narrow(block.interleave(*((together >> i) & 127 for i in (0, 7, 14, 21))))
 
 
 def _nibble_scales(block: Block, offset: int, count: int) -> Vector:
@@ -248,18 +255,15 @@ def _nibble_scales(block: Block, offset: int, count: int) -> Vector:
 
 
 def _iq2_xxs(block: Block) -> Decoded:
-    quants, words = [], [block.u32(6 + 8 * i) for i in range(8)]
-    for i, word in enumerate(words):
-        quants.append(_signed_grid(block, "IQ2_XXS", block.u8(2 + 8 * i, 4), _even_signs(block, word)))
+    words = [block.u32(6 + 8 * i) for i in range(8)]
+    signs = _even_signs(block, _sevens(block, words))
+    quants = [_signed_grid(block, "IQ2_XXS", block.u8(2 + 8 * i, 4), signs[i]) for i in range(8)]
     return Decoded(quants, block.f16(0) * (block.float(block.concat(*words) >> 28) + 0.5) * 0.25)
 
 
 def _iq2_xs(block: Block) -> Decoded:
-    quants = []
-    for i in range(8):
-        codes = block.u16(2 + 8 * i, 4)
-        signs = block.look_up(_table("even signs"), codes >> 9)
-        quants.append(_signed_grid(block, "IQ2_XS", codes & 511, signs))
+    signs = _even_signs(block, block.narrow(block.u16(2, 32) >> 9))
+    quants = [_signed_grid(block, "IQ2_XS", block.u16(2 + 8 * i, 4) & 511, signs[i]) for i in range(8)]
     return Decoded(quants, block.f16(0) * (_nibble_scales(block, 66, 8) + 0.5) * 0.25)
 
 
@@ -274,9 +278,9 @@ def _iq2_s(block: Block) -> Decoded:
 
 
 def _iq3_xxs(block: Block) -> Decoded:
-    quants, words = [], [block.u32(66 + 4 * i) for i in range(8)]
-    for i, word in enumerate(words):
-        quants.append(_signed_grid(block, "IQ3_XXS", block.u8(2 + 8 * i, 8), _even_signs(block, word)))
+    words = [block.u32(66 + 4 * i) for i in range(8)]
+    signs = _even_signs(block, _sevens(block, words))
+    quants = [_signed_grid(block, "IQ3_XXS", block.u8(2 + 8 * i, 8), signs[i]) for i in range(8)]
     return Decoded(quants, block.f16(0) * (block.float(block.concat(*words) >> 28) + 0.5) * 0.5)
 
 

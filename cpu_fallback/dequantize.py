@@ -68,6 +68,14 @@ class NumpyBlock:
         """16 bits each, read as IEEE halves, as float32."""
         return vector.view(np.float16).astype(np.float32)
 
+    def narrow(self, vector: np.ndarray) -> np.ndarray:
+        """Numbers below 256 as unsigned bytes."""
+        return vector.astype(np.uint8)
+
+    def part(self, vector: np.ndarray, start: int, count: int) -> np.ndarray:
+        """The elements from `start` on."""
+        return vector[:, start : start + count]
+
     def wide(self, vector: np.ndarray) -> np.ndarray:
         """Unsigned bytes as numbers of 16 bits."""
         return vector.astype(np.uint16)

@@ -11,7 +11,7 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from trichord.cpu_fallback.jit import compiled
-from trichord.cpu_fallback.vectors import Emitter, Vector
+from trichord.cpu_fallback.vectors import I64, Emitter, Vector
 
 
 def emitter_for(context, builder) -> Emitter:  # type: ignore[no-untyped-def]
@@ -28,6 +28,19 @@ def pointer(typing_context, address):  # type: ignore[no-untyped-def]
         return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
 
     return types.voidptr(types.int64), emit
+
+
+@intrinsic
+def fetch(typing_context, address, size):  # type: ignore[no-untyped-def]
+    """Start to bring so many bytes close; what is there already, and addresses of nothing, do no harm."""
+
+    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        emitter, (address, size) = emitter_for(context, builder), arguments
+        with emitter.loop(I64(0), builder.udiv(builder.add(size, I64(63)), I64(64))) as line:
+            emitter.prefetch(emitter.at(address, line, 64))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), emit
 
 
 @compiled

@@ -28,6 +28,7 @@ class Vector:
     def __init__(self, emitter: Emitter, value: ir.Value, signed: bool = False) -> None:
         self.emitter, self.value, self.signed = emitter, value, signed
         self.halves: Vector | None = None  # the 16-bit floats it came from
+        self.place: ir.Value | None = None  # where in memory its lanes lie as they are
 
     @property
     def count(self) -> int:
@@ -197,7 +198,9 @@ class Emitter:
         """Lanes from any address."""
         value = self.builder.load(self.builder.bitcast(pointer, _type(element, count).as_pointer()))
         value.align = 1
-        return Vector(self, value, signed)
+        vector = Vector(self, value, signed)
+        vector.place = pointer
+        return vector
 
     def look_up(self, table: np.ndarray, indices: Vector) -> Vector:
         """The entries of a constant table, one after the other: numbers, or rows of 4 or 8 bytes."""
@@ -209,12 +212,22 @@ class Emitter:
             name = self.builder.module.get_unique_name("table")
             self._tables[id(table)] = cgutils.global_constant(self.builder.module, name, data)
         start = self.builder.bitcast(self._tables[id(table)], I8.as_pointer())
-        whole, wide = ir.IntType(8 * size), self.as_vector(indices.integer(I64).value)
+        whole = ir.IntType(8 * size)
         entries = ir.Constant(ir.VectorType(whole, indices.count), ir.Undefined)
-        for i in range(indices.count):
-            pointer = self.move(start, self.builder.mul(self.builder.extract_element(wide, I32(i)), I64(size)))
+        for i, index in enumerate(self._scalars(indices)):
+            pointer = self.move(start, self.builder.mul(index, I64(size)))
             entries = self.builder.insert_element(entries, self.load(pointer, whole).value, I32(i))
         return Vector(self, self.builder.bitcast(entries, _type(element, table.size // len(table) * indices.count)))
+
+    def _scalars(self, vector: Vector) -> list[ir.Value]:
+        """Lanes as addresses count, from memory if they lie there: it takes less than to move them from a vector."""
+        if vector.count == 1:
+            return [vector.integer(I64).value]
+        if vector.place is None:
+            wide = vector.integer(I64).value
+            return [self.builder.extract_element(wide, I32(i)) for i in range(vector.count)]
+        places = (self.move(vector.place, _BITS[vector.element] // 8 * i) for i in range(vector.count))
+        return [self.load(place, vector.element).integer(I64).value for place in places]
 
     def _look_up_bytes(self, table: np.ndarray, indices: Vector) -> Vector:
         """Bytes of a table of 16 at indices of 4 bits."""
@@ -404,6 +417,14 @@ class LlvmBlock:
     def half(self, vector: Vector) -> Vector:
         """16 bits each, read as IEEE halves, as float32."""
         return self._emitter.from_half(vector)
+
+    def narrow(self, vector: Vector) -> Vector:
+        """Numbers below 256 as unsigned bytes."""
+        return vector.truncate(I8)
+
+    def part(self, vector: Vector, start: int, count: int) -> Vector:
+        """The lanes from `start` on."""
+        return vector.lanes(range(start, start + count))
 
     def wide(self, vector: Vector) -> Vector:
         """Unsigned bytes as numbers of 16 bits."""
