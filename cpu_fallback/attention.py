@@ -7,6 +7,10 @@ import torch
 
 from trichord.cpu_fallback.cache_8bit import dequantized
 from trichord.cpu_fallback.jit import have_numba
+from trichord.cpu_fallback.rotary import rotary_and_cache
+
+Fresh = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor, bool]
+"""New keys and values, cos, sin, slots and `interleaved`, as `rotary_and_cache` describes them."""
 
 _BLOCK_TOKENS, _BLOCK_KEYS = 128, 1024
 """NumPy's scores at a time, for every head: large enough for BLAS, small enough for long contexts."""
@@ -31,6 +35,7 @@ def attention(
     slopes: torch.Tensor | None = None,
     key_scales: torch.Tensor | None = None,
     value_scales: torch.Tensor | None = None,
+    fresh: Fresh | None = None,
     prepare: bool = False,
 ) -> torch.Tensor:
     """Attention of q (T, H, D) float32 over the paged cache -> (T, H, Dv) float32, contiguous.
@@ -46,13 +51,19 @@ def attention(
     p - W, or, `chunked`, those from p // W * W on; pages before all of these are not touched. A score s becomes
     soft_cap * tanh(s / soft_cap) where that is not 0 (Gemma 2), then gains slopes[h] * (key position - p) (slopes
     (H,): ALiBi, Press et al., 2022). sinks (H,) are a further score of each head, without a value, in the softmax's
-    sum (Xiao et al., 2024). With `prepare`, the result is a view of it, (T, H * Dv): there is no more to prepare.
-    Raises ValueError for pages or caches of another shape.
+    sum (Xiao et al., 2024). `fresh` keys and values are written and q is turned first, by `rotary_and_cache`. With
+    `prepare`, the result is a view of it, (T, H * Dv): there is no more to prepare. Raises ValueError for pages or
+    caches of another shape.
     """
     if value_cache.shape[2] % 16:
         raise ValueError(f"a page must hold a multiple of 16 positions, not {value_cache.shape[2]}")
     if value_scales is not None and value_cache.stride(2) != value_cache.shape[3]:
         raise ValueError("values of 8 bits must have a cache of their own, not lie among the keys")
+    if fresh is not None:
+        k, v, cos, sin, slots, interleaved = fresh
+        caches = key_cache, None if v is None else value_cache
+        scales = {"key_scales": key_scales, "value_scales": value_scales}
+        rotary_and_cache(q, k, v, cos, sin, *caches, slots, interleaved, **scales)
     output = torch.empty((*q.shape[:2], value_cache.shape[3]), dtype=torch.float32)
     variant = causal, window, chunked, soft_cap, sinks, slopes
     if not have_numba():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, Protocol, cast, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, cast, get_args
 
 from trichord.errors import RequestError
 from trichord.weight_format import Layout, Weight, WeightFormat
@@ -31,6 +31,17 @@ class Prepared(Protocol):
 
     def __len__(self) -> int:
         """How many tokens there are."""
+
+
+class Fresh(NamedTuple):
+    """What `Operations.rotary_and_cache` takes beside queries and caches."""
+
+    k: torch.Tensor
+    v: torch.Tensor | None
+    cos: torch.Tensor
+    sin: torch.Tensor
+    slots: torch.Tensor
+    interleaved: bool
 
 
 class Operations(Protocol):
@@ -176,6 +187,7 @@ class Operations(Protocol):
         slopes: torch.Tensor | None = None,
         key_scales: torch.Tensor | None = None,
         value_scales: torch.Tensor | None = None,
+        fresh: Fresh | None = None,
         prepare: bool = False,
     ) -> torch.Tensor | Prepared:
         """Attention of q (T, H, D) over the paged cache -> (T, H, Dv), or, to `prepare` in its precision, (T, H * Dv).
@@ -190,6 +202,9 @@ class Operations(Protocol):
         only those after p - W, or, `chunked`, those from p // W * W on. A score s = scale * q.k becomes
         soft_cap * tanh(s / soft_cap) where that is not 0, then gains slopes[h] * (key position - p) (slopes (H,):
         ALiBi). sinks (H,) are a further score of each head, without a value, in the softmax's sum.
+
+        With `fresh`, q is not turned yet, and its keys and values are not in the cache: `rotary_and_cache` comes first,
+        and q holds anything afterwards. A backend can do both in one pass.
         """
 
     def activate(

@@ -3,8 +3,10 @@
 A program holds a tile of queries and walks the keys in steps, keeping a running maximum and sum of the softmax (online
 softmax: Milakov and Gimelshein, 2018; Dao et al., 2022). The query heads that share a key-value head lie in the same
 tile, as rows (token, head), so that its keys and values are read once for all of them. A single token gives too few
-programs to fill a GPU: its context is split among several (flash decoding: Dao et al., 2023), and a second kernel
-combines their results. A window of the context bounds the walk, so that nothing before it is read.
+programs to fill a GPU: its context is split among several (flash decoding: Dao et al., 2023), and the last of them to
+arrive combines their results, or, where these are many, a second kernel. A window of the context bounds the walk, so
+that nothing before it is read. Single tokens need no launch before: their queries are turned on the way in, and the
+program that reads the newest position writes its key and value first.
 """
 
 from __future__ import annotations
@@ -15,21 +17,46 @@ import torch
 import triton
 import triton.language as tl
 
-from trichord.triton_kernels.activations import Activations, store_limbs
+from trichord.triton_kernels.activations import Activations
+from trichord.triton_kernels.arrival import arrives_last, counters
+from trichord.triton_kernels.attention_splits import combine_kernel, combined, split_span, store_rows
 from trichord.triton_kernels.attention_step import first_seen, load_rows, step
+from trichord.triton_kernels.rotary import fresh_arguments, rotary_and_cache, store_fresh, turned
+
+Fresh = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor, bool]
+"""New keys and values, cos, sin, slots and `interleaved`, as `rotary_and_cache` describes them."""
 
 MAX_SPLITS = 64
+MAX_COMBINED = 2048  # elements of a program's result up to which one program is quick enough to combine all splits
+BLOCK_COMBINED = 8192  # elements of the splits' results that are read at once
 
 
 @triton.jit
-def _split_span(first, last, splits, BLOCK_KEYS: tl.constexpr):
-    """Positions of one split of first:last: whole steps, so that no two splits meet inside one."""
-    return tl.cdiv(tl.cdiv(last - first, BLOCK_KEYS), splits) * BLOCK_KEYS
+def _load_queries(
+    rows,
+    used,
+    fresh,
+    token,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """`load_rows` of queries, turned by the angles of `fresh` where there are such."""
+    if fresh is None:
+        return load_rows(rows, used, FIRST, COUNT, BLOCK)
+    else:
+        columns = tl.arange(0, BLOCK)
+        mask = used[:, None] & (columns < COUNT)[None, :]
+        cos, sin = fresh[2] + token * PAIRS, fresh[3] + token * PAIRS
+        return turned(rows[:, None], cos, sin, FIRST + columns[None, :], mask, PAIRS, INTERLEAVED)
 
 
 @triton.jit(do_not_specialize=["max_pages", "splits"])  # they change as sequences grow: no new compilation for that
 def attention_kernel(
     q,
+    fresh,
     key_cache,
     value_cache,
     key_scales,
@@ -40,7 +67,10 @@ def attention_kernel(
     sinks,
     slopes,
     output,
+    limbs,
+    partial,
     log_sums,
+    arrivals,
     kv_heads,
     max_pages,
     splits,
@@ -66,13 +96,19 @@ def attention_kernel(
     CHUNKED: tl.constexpr,
     CAPPED: tl.constexpr,
     SINGLE: tl.constexpr,
-    PARTIAL: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    LIMBS: tl.constexpr,
+    COMBINED_ROWS: tl.constexpr,
+    COMBINED_SPLITS: tl.constexpr,
 ):
     """One program a (tile of rows, split of the context), key-value head and sequence.
 
     Rows are the pairs (token, query head of the group). SINGLE: the sequences of one token, else those of several.
-    PARTIAL: the splits' results go to output (S, H, splits, Dv) and the logarithms (base 2) of their softmax sums to
-    log_sums (S, H, splits); else there is one split and output is (T, H, Dv). Of the pieces of a head, see `step`.
+    The result goes to output (T, H, Dv) where there is one split. Else there is `partial` (S, H, splits, Dv) for the
+    splits' results, and log_sums (S, H, splits) for the logarithms (base 2) of their softmax sums; what is combined of
+    these here are the tile's COMBINED_ROWS rows, COMBINED_SPLITS splits at a time, or, of 0 rows, nothing. `fresh`:
+    what is not in the cache yet, see `store_fresh`. Of the pieces of a head, see `step`.
     """
     LOG2_E: tl.constexpr = 1.4426950408889634  # exp(x) = exp2(x log2(e))
     kv_head = tl.program_id(1)
@@ -88,11 +124,18 @@ def attention_kernel(
     if CAUSAL:
         visible = tl.minimum(length, length - tokens + ((tile + 1) * BLOCK_ROWS - 1) // GROUP + 1)
     begin = lowest // BLOCK_KEYS * BLOCK_KEYS
-    span = _split_span(begin, visible, splits, BLOCK_KEYS)
+    span = split_span(begin, visible, splits, BLOCK_KEYS)
+    used_splits = tl.cdiv(visible - begin, span)
     begin += split * span
     end = tl.minimum(visible, begin + span)
     if ((tokens == 1) != SINGLE) | (tile * BLOCK_ROWS >= tokens * GROUP) | (begin >= end):
         return
+    if fresh is not None and end == length:  # no other program reads the last position
+        store_fresh(
+            fresh, first_token.to(tl.int64), kv_head + tl.arange(0, 1)[:, None], kv_heads,
+            key_cache, value_cache, key_scales, value_scales, HEAD_SIZE, VALUE_SIZE, PAGE, PAIRS, INTERLEAVED,
+        )  # fmt: skip
+        tl.debug_barrier()
 
     tile_rows = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     query_tokens = tile_rows // GROUP
@@ -105,11 +148,14 @@ def attention_kernel(
         queries = (query_rows, used)
     else:
         # A power of two a row takes the queries into half precision's range; the scores are multiplied by it later.
-        piece = load_rows(query_rows, used, FIRST, min(HEAD_SIZE, BLOCK_HEAD), BLOCK_HEAD)
+        width: tl.constexpr = min(HEAD_SIZE, BLOCK_HEAD)
+        piece = _load_queries(query_rows, used, fresh, first_token, FIRST, width, BLOCK_HEAD, PAIRS, INTERLEAVED)
         greatest = tl.max(tl.abs(piece), axis=1)
         rest = piece
         if BLOCK_REST > 0:
-            rest = load_rows(query_rows, used, 0 if FIRST > 0 else BLOCK_HEAD, HEAD_SIZE - BLOCK_HEAD, BLOCK_REST)
+            before: tl.constexpr = 0 if FIRST > 0 else BLOCK_HEAD
+            others: tl.constexpr = HEAD_SIZE - BLOCK_HEAD
+            rest = _load_queries(query_rows, used, fresh, first_token, before, others, BLOCK_REST, PAIRS, INTERLEAVED)
             greatest = tl.maximum(greatest, tl.max(tl.abs(rest), axis=1))
         exponents = greatest.to(tl.int32, bitcast=True) & 0x7F800000
         powers = tl.maximum(exponents.to(tl.float32, bitcast=True), 1e-30)
@@ -156,63 +202,27 @@ def attention_kernel(
             EXACT, LATENT, CAUSAL, WINDOW, CHUNKED, CAPPED, SLOPED, MASKED=True,
         )  # fmt: skip
 
-    if PARTIAL:
-        output_rows = (sequence.to(tl.int64) * kv_heads * GROUP + query_heads) * splits + split
-        tl.store(log_sums + output_rows, largest + tl.log2(total), mask=used)
-    else:
+    if partial is None:
         output_rows = (first_token + query_tokens).to(tl.int64) * kv_heads * GROUP + query_heads
-    columns = tl.arange(0, BLOCK_VALUE)
-    tl.store(
-        output + output_rows[:, None] * VALUE_SIZE + columns[None, :],
-        mean / total[:, None],
-        mask=used[:, None] & (columns < VALUE_SIZE)[None, :],
-    )
-
-
-@triton.jit(do_not_specialize=["splits"])
-def combine_kernel(
-    partial,
-    log_sums,
-    query_starts,
-    context_lengths,
-    output,
-    limbs,
-    heads,
-    splits,
-    LIMBS: tl.constexpr,
-    VALUE_SIZE: tl.constexpr,
-    BLOCK_VALUE: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CHUNKED: tl.constexpr,
-):
-    """One program a query head and sequence of one token: the means of its splits, weighted by their softmax sums."""
-    head = tl.program_id(0)
-    sequence = tl.program_id(1)
-    token = tl.load(query_starts + sequence)
-    if tl.load(query_starts + sequence + 1) - token != 1:
-        return
-    length = tl.load(context_lengths + sequence)
-    split = tl.arange(0, BLOCK_SPLITS)
-    begin = first_seen(length - 1, WINDOW, CHUNKED) // BLOCK_KEYS * BLOCK_KEYS
-    used = (split < splits) & (begin + split * _split_span(begin, length, splits, BLOCK_KEYS) < length)
-    rows = (sequence.to(tl.int64) * heads + head) * splits + split
-    logarithms = tl.load(log_sums + rows, mask=used, other=float("-inf"))
-    weights = tl.exp2(logarithms - tl.max(logarithms, axis=0))
-    columns = tl.arange(0, BLOCK_VALUE)
-    means = tl.load(
-        partial + rows[:, None] * VALUE_SIZE + columns[None, :],
-        mask=used[:, None] & (columns < VALUE_SIZE)[None, :],
-        other=0.0,
-    )
-    mean = tl.sum(means * weights[:, None], axis=0) / tl.sum(weights, axis=0)
-    row = token.to(tl.int64) * heads + head
-    tl.store(output + row * VALUE_SIZE + columns, mean, mask=columns < VALUE_SIZE)
-    if LIMBS:
-        group = tl.arange(0, BLOCK_VALUE // 32)[:, None]
-        groups: tl.constexpr = VALUE_SIZE // 32
-        store_limbs(tl.reshape(mean, (BLOCK_VALUE // 32, 32)), row * groups + group, group < groups, limbs, LIMBS)
+        store_rows(mean / total[:, None], output_rows, used, output, limbs, LIMBS, VALUE_SIZE)
+    else:
+        sequence_row = sequence.to(tl.int64) * kv_heads * GROUP
+        places = (sequence_row + query_heads) * splits + split
+        tl.store(log_sums + places, largest + tl.log2(total), mask=used)
+        store_rows(mean / total[:, None], places, used, partial, None, 0, VALUE_SIZE)
+        if COMBINED_ROWS > 0:
+            tiles = tl.num_programs(0) // splits
+            counter = arrivals + (sequence * kv_heads + kv_head) * tiles + tile
+            if arrives_last(counter, used_splits):
+                heads = tile * BLOCK_ROWS + tl.arange(0, COMBINED_ROWS)
+                present = heads < GROUP
+                heads += kv_head * GROUP
+                means = combined(
+                    partial, log_sums, sequence_row + heads, present, splits, used_splits,
+                    VALUE_SIZE, BLOCK_VALUE, COMBINED_SPLITS,
+                )  # fmt: skip
+                output_rows = first_token.to(tl.int64) * kv_heads * GROUP + heads
+                store_rows(means, output_rows, present, output, limbs, LIMBS, VALUE_SIZE)
 
 
 @functools.cache
@@ -275,6 +285,7 @@ def attention(
     slopes: torch.Tensor | None = None,
     key_scales: torch.Tensor | None = None,
     value_scales: torch.Tensor | None = None,
+    fresh: Fresh | None = None,
     prepare: bool = False,
 ) -> torch.Tensor | Activations:
     """Attention of q (T, H, D) float32 over the paged cache -> (T, H, Dv) float32, contiguous.
@@ -291,7 +302,8 @@ def attention(
     p - W, or, `chunked`, those from p // W * W on; pages before all of these are not touched. A score s becomes
     soft_cap * tanh(s / soft_cap) where that is not 0 (Gemma 2), then gains slopes[h] * (key position - p) (slopes
     (H,): ALiBi, Press et al., 2022). sinks (H,) are a further score of each head, without a value, in the softmax's
-    sum (Xiao et al., 2024). With `prepare`, the result is (T, H * Dv), as `matmul` reads it in this precision. Raises
+    sum (Xiao et al., 2024). `fresh` keys and values are written and q is turned first, as `rotary_and_cache` does it;
+    q may be overwritten. With `prepare`, the result is (T, H * Dv), as `matmul` reads it in this precision. Raises
     ValueError for pages or caches of another shape.
     """
     tokens, heads, head_size = q.shape
@@ -312,6 +324,16 @@ def attention(
     latent = not exact and value_size == block_head and value_stride == head_size and offset in (0, end)
     output = torch.empty((tokens, heads, value_size), dtype=torch.float32, device=q.device)
     activations = Activations(output.flatten(1))
+    pairs, interleaved, arriving = 0, False, None
+    if fresh is not None:
+        k, v, cos, sin, slots, interleaved = fresh
+        pairs = cos.shape[1]
+        if max_query == 1 and not exact:
+            arriving = fresh_arguments(k, v, cos, sin, slots)
+        else:
+            caches = key_cache, None if v is None else value_cache
+            scales = {"key_scales": key_scales, "value_scales": value_scales}
+            rotary_and_cache(q, k, v, cos, sin, *caches, slots, interleaved, **scales)
 
     def launch(single: bool) -> None:
         widest = max(_padded(head_size), block_value)
@@ -325,12 +347,18 @@ def attention(
             steps = triton.cdiv(longest, tile["BLOCK_KEYS"])
             wanted = triton.cdiv(_wanted_programs(q.device), tiles * kv_heads * sequences)
             splits = min(wanted, steps, MAX_SPLITS)
-        partial, log_sums = output, output
+        rows = min(triton.next_power_of_2(group), tile["BLOCK_ROWS"])
+        combined = splits > 1 and rows * block_value <= MAX_COMBINED
+        partial = log_sums = None
         if splits > 1:
             partial = torch.empty((sequences, heads, splits, value_size), dtype=torch.float32, device=q.device)
             log_sums = torch.empty((sequences, heads, splits), dtype=torch.float32, device=q.device)
+        whole = prepare and max_query == 1 and value_size % 32 == 0  # every row comes from here, in whole groups
+        wanted_limbs = activations.wanted_limbs(precision) if whole else 0
+        limbs = activations.new_limbs(wanted_limbs) if wanted_limbs else None
         attention_kernel[(tiles * splits, kv_heads, sequences)](
             q,
+            arriving,
             key_cache,
             value_cache,
             key_scales,
@@ -340,8 +368,11 @@ def attention(
             context_lengths,
             sinks,
             slopes,
+            output,
+            limbs,
             partial,
             log_sums,
+            counters(q.device) if combined else None,
             kv_heads,
             max_pages,
             splits,
@@ -364,27 +395,29 @@ def attention(
             CHUNKED=chunked,
             CAPPED=soft_cap != 0.0,
             SINGLE=single,
-            PARTIAL=splits > 1,
+            PAIRS=pairs,
+            INTERLEAVED=interleaved,
+            LIMBS=wanted_limbs,
+            COMBINED_ROWS=rows if combined else 0,
+            COMBINED_SPLITS=min(MAX_SPLITS, BLOCK_COMBINED // (rows * block_value)) if combined else 0,
             enable_fp_fusion=True,
             **tile,
         )
-        if splits > 1:
-            whole = prepare and max_query == 1 and value_size % 32 == 0  # every row comes from here, in whole groups
-            limbs = activations.wanted_limbs(precision) if whole else 0
+        if splits > 1 and not combined:
             combine_kernel[(heads, sequences)](
                 partial,
                 log_sums,
                 query_starts,
                 context_lengths,
                 output,
-                activations.new_limbs(limbs) if limbs else None,
+                limbs,
                 heads,
                 splits,
-                LIMBS=limbs,
+                LIMBS=wanted_limbs,
                 VALUE_SIZE=value_size,
                 BLOCK_VALUE=block_value,
                 BLOCK_KEYS=tile["BLOCK_KEYS"],
-                BLOCK_SPLITS=MAX_SPLITS,
+                BLOCK_SPLITS=min(MAX_SPLITS, BLOCK_COMBINED // block_value),
                 WINDOW=window,
                 CHUNKED=chunked,
                 num_warps=max(4, block_value // 32),

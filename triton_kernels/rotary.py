@@ -12,16 +12,8 @@ BLOCK_HEADS = 8
 
 
 @triton.jit
-def _rotated(x, cos, sin, left, right, mask):
-    """The pairs (x[left], x[right]) turned by their angles."""
-    a = tl.load(x + left, mask=mask, other=0.0)
-    b = tl.load(x + right, mask=mask, other=0.0)
-    return a * cos - b * sin, a * sin + b * cos
-
-
-@triton.jit
-def _rotated_columns(row, cos, sin, columns, mask, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """A tile (rows, columns) of whole heads, turned: each element by its own angle and from the other of its pair."""
+def turned(rows, cos, sin, columns, mask, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """A tile of rows (R, 1) of whole heads at these columns (1, C): each element turned by its angle with its other."""
     if INTERLEAVED:
         pairs = columns // 2
         is_right = columns % 2 == 1
@@ -33,30 +25,64 @@ def _rotated_columns(row, cos, sin, columns, mask, PAIRS: tl.constexpr, INTERLEA
     turning = columns < 2 * PAIRS
     c = tl.load(cos + pairs, mask=turning, other=1.0)
     s = tl.load(sin + pairs, mask=turning, other=0.0)
-    other = tl.load(row + others, mask=mask & turning, other=0.0)
-    return tl.load(row + columns, mask=mask, other=0.0) * c + other * tl.where(is_right, s, -s)
+    other = tl.load(rows + others, mask=mask & turning, other=0.0)
+    return tl.load(rows + columns, mask=mask, other=0.0) * c + other * tl.where(is_right, s, -s)
+
+
+@triton.jit
+def store_fresh(
+    fresh,
+    token,
+    heads,
+    kv_heads,
+    key_cache,
+    value_cache,
+    key_scales,
+    value_scales,
+    HEAD_SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    PAGE: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """Writes a token's turned keys, and its values, if any, into the caches: of heads (R, 1), where there are such.
+
+    `fresh` is what `fresh_arguments` makes of them.
+    """
+    k, v, cos, sin, slots, key_strides, value_strides = fresh
+    present = heads < kv_heads
+    slot = tl.load(slots + token)
+    position = (slot // PAGE * kv_heads + heads) * PAGE + slot % PAGE
+    columns = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))[None, :]
+    mask = present & (columns < HEAD_SIZE)
+    rows = k + token * key_strides[0] + heads * key_strides[1]
+    key = turned(rows, cos + token * PAIRS, sin + token * PAIRS, columns, mask, PAIRS, INTERLEAVED)
+    if key_scales is None:
+        tl.store(key_cache + position * HEAD_SIZE + columns, key.to(key_cache.dtype.element_ty), mask=mask)
+    else:
+        store_8bit(key, key_cache, key_scales, position, present, HEAD_SIZE)
+    if v is not None:
+        columns = tl.arange(0, triton.next_power_of_2(VALUE_SIZE))[None, :]
+        mask = present & (columns < VALUE_SIZE)
+        value = tl.load(v + token * value_strides[0] + heads * value_strides[1] + columns, mask=mask, other=0.0)
+        if key_scales is None:
+            tl.store(value_cache + position * VALUE_SIZE + columns, value.to(value_cache.dtype.element_ty), mask=mask)
+        else:
+            store_8bit(value, value_cache, value_scales, position, present, VALUE_SIZE)
 
 
 @triton.jit
 def rotary_and_cache_kernel(
     q,
-    k,
-    v,
-    cos,
-    sin,
+    fresh,
     key_cache,
     value_cache,
     key_scales,
     value_scales,
-    slots,
     query_heads,
     kv_heads,
     q_token_stride,
     q_head_stride,
-    k_token_stride,
-    k_head_stride,
-    v_token_stride,
-    v_head_stride,
     HEAD_SIZE: tl.constexpr,
     VALUE_SIZE: tl.constexpr,
     PAGE: tl.constexpr,
@@ -64,59 +90,37 @@ def rotary_and_cache_kernel(
     INTERLEAVED: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
-    BLOCK_KEY: tl.constexpr,
-    BLOCK_VALUE: tl.constexpr,
 ):
     """One program a token and BLOCK_HEADS heads: first the tiles of query heads, then those of key-value heads."""
     token = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     query_tiles = tl.cdiv(query_heads, BLOCK_HEADS)
-    pairs = tl.arange(0, BLOCK_PAIRS)[None, :]
-    left = 2 * pairs if INTERLEAVED else pairs
-    right = left + 1 if INTERLEAVED else left + PAIRS
-    angles = token * PAIRS + pairs
-    c = tl.load(cos + angles, mask=pairs < PAIRS, other=0.0)
-    s = tl.load(sin + angles, mask=pairs < PAIRS, other=0.0)
     if tile < query_tiles:
+        pairs = tl.arange(0, BLOCK_PAIRS)[None, :]
+        left = 2 * pairs if INTERLEAVED else pairs
+        right = left + 1 if INTERLEAVED else left + PAIRS
+        c = tl.load(fresh[2] + token * PAIRS + pairs, mask=pairs < PAIRS, other=0.0)
+        s = tl.load(fresh[3] + token * PAIRS + pairs, mask=pairs < PAIRS, other=0.0)
         heads = tile * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
         mask = (heads < query_heads) & (pairs < PAIRS)
         row = q + token * q_token_stride + heads * q_head_stride
-        a, b = _rotated(row, c, s, left, right, mask)
-        tl.store(row + left, a, mask=mask)
-        tl.store(row + right, b, mask=mask)
+        a = tl.load(row + left, mask=mask, other=0.0)
+        b = tl.load(row + right, mask=mask, other=0.0)
+        tl.store(row + left, a * c - b * s, mask=mask)
+        tl.store(row + right, a * s + b * c, mask=mask)
     else:
         heads = (tile - query_tiles) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
-        slot = tl.load(slots + token)
-        position = (slot // PAGE * kv_heads + heads) * PAGE + slot % PAGE
-        row = k + token * k_token_stride + heads * k_head_stride
-        if key_scales is None:
-            key = key_cache + position * HEAD_SIZE
-            mask = (heads < kv_heads) & (pairs < PAIRS)
-            a, b = _rotated(row, c, s, left, right, mask)
-            tl.store(key + left, a.to(key_cache.dtype.element_ty), mask=mask)
-            tl.store(key + right, b.to(key_cache.dtype.element_ty), mask=mask)
-            if HEAD_SIZE > 2 * PAIRS:
-                rest = 2 * PAIRS + tl.arange(0, BLOCK_REST)[None, :]
-                inside = (heads < kv_heads) & (rest < HEAD_SIZE)
-                tl.store(key + rest, tl.load(row + rest, mask=inside).to(key_cache.dtype.element_ty), mask=inside)
-        else:  # groups that share a scale may have elements of both halves and of the rest
-            columns = tl.arange(0, BLOCK_KEY)[None, :]
-            inside = (heads < kv_heads) & (columns < HEAD_SIZE)
-            first = token * PAIRS
-            turned = _rotated_columns(row, cos + first, sin + first, columns, inside, PAIRS, INTERLEAVED)
-            store_8bit(turned, key_cache, key_scales, position, heads < kv_heads, HEAD_SIZE)
-        if VALUE_SIZE > 0:
-            columns = tl.arange(0, BLOCK_VALUE)[None, :]
-            present = (heads < kv_heads) & (columns < VALUE_SIZE)
-            addresses = v + token * v_token_stride + heads * v_head_stride + columns
-            if key_scales is None:
-                value = tl.load(addresses, mask=present)
-                place = value_cache + position * VALUE_SIZE + columns
-                tl.store(place, value.to(value_cache.dtype.element_ty), mask=present)
-            else:
-                value = tl.load(addresses, mask=present, other=0.0)
-                store_8bit(value, value_cache, value_scales, position, heads < kv_heads, VALUE_SIZE)
+        store_fresh(
+            fresh, token, heads, kv_heads, key_cache, value_cache, key_scales, value_scales,
+            HEAD_SIZE, VALUE_SIZE, PAGE, PAIRS, INTERLEAVED,
+        )  # fmt: skip
+
+
+def fresh_arguments(
+    k: torch.Tensor, v: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, slots: torch.Tensor
+) -> tuple[object, ...]:
+    """New keys (T, G, D) and values (T, G, Dv), their angles (T, R/2) and slots (T,), as kernels take them."""
+    return k, v, cos, sin, slots, k.stride()[:2], (0, 0) if v is None else v.stride()[:2]
 
 
 def rotary_and_cache(
@@ -143,35 +147,25 @@ def rotary_and_cache(
     """
     tokens, query_heads, head_size = q.shape
     kv_heads, pairs = k.shape[1], cos.shape[1]
-    value_size = 0 if v is None else v.shape[2]
     if not pairs:
         query_heads = 0  # none that turns
     grid = (tokens, triton.cdiv(query_heads, BLOCK_HEADS) + triton.cdiv(kv_heads, BLOCK_HEADS))
     rotary_and_cache_kernel[grid](
         q,
-        k,
-        v,
-        cos,
-        sin,
+        fresh_arguments(k, v, cos, sin, slots),
         key_cache,
         value_cache,
         key_scales,
         value_scales,
-        slots,
         query_heads,
         kv_heads,
         *q.stride()[:2],
-        *k.stride()[:2],
-        *((0, 0) if v is None else v.stride()[:2]),
         HEAD_SIZE=head_size,
-        VALUE_SIZE=value_size,
+        VALUE_SIZE=0 if v is None else v.shape[2],
         PAGE=key_cache.shape[2],
         PAIRS=pairs,
         INTERLEAVED=interleaved,
         BLOCK_HEADS=BLOCK_HEADS,
         BLOCK_PAIRS=triton.next_power_of_2(max(pairs, 1)),
-        BLOCK_REST=triton.next_power_of_2(max(head_size - 2 * pairs, 1)),
-        BLOCK_KEY=triton.next_power_of_2(head_size),
-        BLOCK_VALUE=triton.next_power_of_2(max(value_size, 1)),
         enable_fp_fusion=True,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from trichord.cache import KeyValueCache, KeyValueSpec
-from trichord.dispatch import Prepared
+from trichord.dispatch import Fresh, Prepared
 from trichord.models.config import LayerConfig, ModelConfig
 from trichord.models.linear import Linear, TensorSource, project
 from trichord.models.norm import Norm
@@ -79,19 +79,6 @@ class Attention:
         q, k = (norm.of_rows(y) if norm else y for y, norm in zip((q, k), self.head_norms, strict=True))
         if self.temperature:
             q = q * step.growth(self.temperature)
-        self.operations.rotary_and_cache(
-            q,
-            k,
-            v,
-            cos,
-            sin,
-            cache.keys,
-            cache.values,
-            batch.slots,
-            interleaved,
-            key_scales=cache.key_scales,
-            value_scales=cache.value_scales,
-        )
         last = gate is None and not self.sub_norm
         mixed = self.operations.attention(
             q,
@@ -111,6 +98,7 @@ class Attention:
             slopes=self.slopes,
             key_scales=cache.key_scales,
             value_scales=cache.value_scales,
+            fresh=Fresh(k, v, cos, sin, batch.slots, interleaved),
             prepare=last,
         )
         if not last:

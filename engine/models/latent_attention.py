@@ -7,7 +7,7 @@ import math
 import torch
 
 from trichord.cache import KeyValueCache, KeyValueSpec, LatentSpec
-from trichord.dispatch import Prepared
+from trichord.dispatch import Fresh, Prepared
 from trichord.models.config import LayerConfig, ModelConfig
 from trichord.models.linear import TensorSource, project, project_experts
 from trichord.models.norm import Norm
@@ -81,20 +81,6 @@ class LatentAttention:
             q *= step.growth(self.config.temperature)
         cos, sin = step.angles(self.layer.rotary)
         interleaved = self.config.architecture.rotary == "interleaved"
-        values = None if v is None else cache.values
-        self.operations.rotary_and_cache(
-            q,
-            k,
-            v,
-            cos,
-            sin,
-            cache.keys,
-            values,
-            batch.slots,
-            interleaved,
-            key_scales=cache.key_scales,
-            value_scales=cache.value_scales,
-        )
         mixed = self.operations.attention(
             q,
             cache.keys,
@@ -107,6 +93,7 @@ class LatentAttention:
             step.precision,
             key_scales=cache.key_scales,
             value_scales=cache.value_scales,
+            fresh=Fresh(k, v, cos, sin, batch.slots, interleaved),
         )
         if self.absorbed:
             (mixed,) = project_experts(mixed, [self.value], experts, step.precision)

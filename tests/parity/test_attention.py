@@ -137,6 +137,12 @@ CASES += [
     Case(((3, 20), (0, 7), (1, 33)), 4, 2, 192, 256, 16, BITS_8, None, ALL_AT_ONCE),
 ]
 
+SINGLE = [case for case in CASES if all(tokens == 1 for tokens, _ in case.sequences)]
+SINGLE += [
+    replace(case, sequences=((1, 1), (1, 40), (1, 130)))
+    for case in (*VARIANTS, LATENT, *CASES[-5:], CASES[11], CASES[12])
+]
+
 
 def attention_inputs(case: Case, backend: Backend):
     """q as a slice of a fused product, caches whose unseen positions are NaN, shuffled pages, junk in the tables.
@@ -204,9 +210,9 @@ def attention_oracle(case: Case, q: np.ndarray, contexts: list, starts: np.ndarr
     return expected
 
 
-def attend(backend: Backend, case: Case, arguments: tuple, precision: str) -> torch.Tensor:
+def attend(backend: Backend, case: Case, arguments: tuple, precision: str, **keywords: object) -> torch.Tensor:
     """The operation on these arguments with the case's keywords."""
-    keywords = {
+    keywords |= {
         name: on(backend, value.astype(np.float32)) if isinstance(value, np.ndarray) else value
         for name, value in case.keywords().items()
     }
@@ -230,6 +236,43 @@ def test_attention(backend, case, precision):
     assert y.shape == (starts[-1], case.heads, case.value_size) and y.dtype == torch.float32
     error = relative_error(y.cpu(), attention_oracle(case, q, contexts, starts))
     assert error < (1e-6 if precision == "exact" or backend is CPU else 1e-3)
+
+
+@both
+@pytest.mark.parametrize("rotated, interleaved", [(1.0, False), (0.5, True)])
+@pytest.mark.parametrize(
+    "case, precision",
+    [*((case, "default") for case in SINGLE), *((case, "exact") for case in (SINGLE[1], CASES[5], CASES[11]))],
+    ids=str,
+)
+def test_fresh_keys_are_turned_and_written_first(backend, case, precision, rotated, interleaved):
+    """The last positions are not in the cache: what is to come into it, turned back, is given beside it instead."""
+    (q, keys, values, tables, *rest), oracle_q, contexts, starts = attention_inputs(case, backend)
+    new = np.concatenate([np.arange(context - tokens, context) for tokens, context in case.sequences])
+    rows = np.repeat(np.arange(len(case.sequences)), [tokens for tokens, _ in case.sequences])
+    pages = tables.cpu().numpy()[rows, new // case.page]
+    k, v = (cache.cpu().numpy()[pages, :, new % case.page].astype(np.float32) for cache in (keys, values))
+    pairs = int(rotated * case.size) // 2
+    angles = np.random.default_rng(6).standard_normal((starts[-1], pairs))
+    turn = [on(backend, function(angles).astype(np.float32)) for function in (np.cos, np.sin)]
+    q, k = (on(backend, turned(x, -angles, interleaved).astype(np.float32)) for x in (oracle_q, k))
+    keys[on(backend, pages), :, on(backend, new % case.page)] = np.nan
+    if case.latent is None:
+        values[on(backend, pages), :, on(backend, new % case.page)] = np.nan
+    v = None if case.latent is not None else on(backend, v)
+    fresh = k, v, *turn, on(backend, pages.astype(np.int64) * case.page + new % case.page), interleaved
+    y = attend(backend, case, (q, keys, values, tables, *rest), precision, fresh=fresh)
+    error = relative_error(y.cpu(), attention_oracle(case, oracle_q, contexts, starts))
+    assert error < (1e-6 if case.dtype == torch.float32 and (precision == "exact" or backend is CPU) else 1e-3)
+
+
+def turned(x: np.ndarray, angles: np.ndarray, interleaved: bool) -> np.ndarray:
+    """x (T, H, D) with its first pairs turned by angles (T, R/2), as complex numbers, in float64."""
+    x, count = x.astype(np.float64), angles.shape[1]
+    left, right = (slice(i, 2 * count, 2) if interleaved else slice(i * count, (i + 1) * count) for i in (0, 1))
+    z = (x[..., left] + 1j * x[..., right]) * np.exp(1j * angles)[:, None]
+    x[..., left], x[..., right] = z.real, z.imag
+    return x
 
 
 @pytest.mark.parametrize("case", CASES + VARIANTS, ids=str)

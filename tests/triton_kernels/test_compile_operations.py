@@ -19,11 +19,17 @@ ACTIVATIONS = "silu", "gelu", "gelu_erf", "relu", "relu_squared", "swiglu_oai"
 
 
 def attention(
-    size: int, precision: str, dtype: torch.dtype = torch.float16, values: int = 0, **variant: object
+    size: int,
+    precision: str,
+    dtype: torch.dtype = torch.float16,
+    values: int = 0,
+    fresh: bool | None = None,
+    **variant: object,
 ) -> Callable[[], object]:
     """A prompt's chunk and a single token whose context is split: every kernel of attention.
 
-    With `values` these are that many last elements of the keys: a latent of one head.
+    With `values` these are that many last elements of the keys: a latent of one head. `fresh`: keys and values that are
+    not in the cache yet; whether their pairs are interleaved.
     """
     q = torch.zeros((TOKENS, HEADS, size))
     keys = torch.zeros((4, 1 if values else KV_HEADS, PAGE, size), dtype=dtype)
@@ -33,6 +39,10 @@ def attention(
     if dtype == torch.int8:
         scales = torch.zeros((*keys.shape[:3], -(-size // 32)), dtype=torch.float16)
         variant |= {"key_scales": scales, "value_scales": scales.clone()}
+    if fresh is not None:
+        k, angles = torch.zeros((TOKENS, keys.shape[1], size)), torch.zeros((TOKENS, 32))
+        slots = torch.zeros(TOKENS, dtype=torch.int64)
+        variant["fresh"] = k, None if values else k.clone(), angles, angles, slots, fresh
 
     def call() -> None:
         for max_query in (TOKENS, 1):
@@ -107,8 +117,11 @@ def launches(target: str) -> dict[str, Callable[[], object]]:
     for size in (128, 256) if target == "sm_90" else (256,):  # the widest asks for the most shared memory
         calls[f"attention {size} default"] = attention(size, "default", prepare=True)
         calls[f"attention {size} 8 bits"] = attention(size, "default", torch.int8)
+        calls[f"attention {size} fresh"] = attention(size, "default", fresh=False, prepare=True)
+        calls[f"attention {size} 8 bits fresh"] = attention(size, "default", torch.int8, fresh=True)
     calls["attention 128 exact"] = attention(128, "exact", torch.float32)
     calls["attention latent default"] = attention(576, "default", values=512)
+    calls["attention latent fresh"] = attention(576, "default", values=512, fresh=True)
     if target == "sm_90":
         every = {"window": 100, "soft_cap": 50.0, "sinks": torch.zeros(HEADS), "slopes": torch.zeros(HEADS)}
         calls["attention variants default"] = attention(128, "default", **every)
@@ -132,8 +145,24 @@ def test_nothing_spills(kernels):
 
 def test_attention_launches_what_it_says(kernels):
     for calls in kernels.values():
-        names = {call: [kernel.name for kernel in calls[call]] for call in calls if call.startswith("attention")}
-        assert set(map(tuple, names.values())) == {("attention_kernel", "attention_kernel", "combine_kernel")}
+        for call in calls:
+            if call.startswith("attention"):  # wide results of many heads are combined by a kernel of their own
+                combined = ["combine_kernel"] if "latent" in call else []
+                before = ["rotary_and_cache_kernel"] if "fresh" in call else []
+                names = [kernel.name for kernel in calls[call]]
+                assert names == [*before, "attention_kernel", "attention_kernel", *combined], call
+
+
+def test_the_last_split_sees_the_others_stores(kernels):
+    """All threads' stores, then one thread's atomic that releases and acquires for all, then all threads' loads."""
+    single = kernels["sm_90"]["attention 128 fresh"][-1].asm
+    before, after = re.split(r"atom\.global\.gpu\.acq_rel\.add\.\w+", single)
+    assert re.search(r"st\.global[^;]*;(?!.*st\.global).*bar\.sync", before, re.DOTALL)
+    assert re.search(r"^(?:(?!ld\.global).)*bar\.sync.*ld\.global", after, re.DOTALL)
+    single = kernels["gfx942"]["attention 256 fresh"][-1].asm
+    before, after = re.split(r"global_atomic_add\w* ", single)
+    assert re.search(r"s_waitcnt vmcnt\(0\).*s_barrier(?!.*global_store)", before, re.DOTALL)
+    assert "buffer_inv sc1" in after
 
 
 def test_scans_load_tokens_ahead(kernels):
@@ -151,7 +180,7 @@ def test_shared_memory_suffices(kernels, target, limit):
 
 def test_an_8_bit_cache_is_read_as_bytes_and_multiplied_in_half_precision(kernels):
     for size in (128, 256):
-        prompt, single, _ = kernels["sm_90"][f"attention {size} 8 bits"]
+        prompt, single = kernels["sm_90"][f"attention {size} 8 bits"]
         assert "wgmma.mma_async" in prompt.asm and "f32.f16.f16" in prompt.asm
         assert re.search(r"mma\.sync\S*\.f32\.f16\.f16\.f32", single.asm)
         for kernel in (prompt, single):
@@ -170,7 +199,7 @@ def test_exact_attention_multiplies_in_float32(kernels):
 
 def test_default_attention_runs_on_tensor_cores_in_half_precision(kernels):
     for size in (128, 256):
-        prompt, single, _ = kernels["sm_90"][f"attention {size} default"]
+        prompt, single = kernels["sm_90"][f"attention {size} default"]
         assert set(re.findall(r"wgmma\.mma_async\S*\.(f32\.f16\.f16)", prompt.asm)) == {"f32.f16.f16"}
         assert set(re.findall(r"mma\.sync\S*\.(\w+\.\w+\.\w+\.\w+) ", single.asm)) == {"f32.f16.f16.f32"}
     for kernel in kernels["gfx942"]["attention 256 default"][:2]:
@@ -178,5 +207,5 @@ def test_default_attention_runs_on_tensor_cores_in_half_precision(kernels):
 
 
 def test_single_tokens_stream_the_cache_sixteen_bytes_a_thread(kernels):
-    _, single, _ = kernels["sm_90"]["attention 128 default"]
+    _, single = kernels["sm_90"]["attention 128 default"]
     assert set(re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]+\], \[[^]]+\], (\w+)", single.asm)) >= {"0x10"}
