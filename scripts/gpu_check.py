@@ -26,7 +26,7 @@ from typing import Any
 from bench_tools import environment, figure, table
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SECTIONS = ("parity", "exactness", "models", "operations", "products", "generation")
+SECTIONS = ("parity", "exactness", "models", "operations", "products", "generation", "dependent")
 _INTRODUCTIONS = {
     "parity": "Largest differences from the CPU path: absolute for decoded weights, relative for products.",
     "exactness": "Kernels of `exact` precision, as compiled here, round no operand.",
@@ -34,6 +34,7 @@ _INTRODUCTIONS = {
     "operations": "The parity tests of all other operations.",
     "products": "Products at the shapes of Llama-3-8B, medians; weights come from memory, not from a cache.",
     "generation": "Whole models with random weights. The share of copy counts the weights as read once a step.",
+    "dependent": "Generation with kernels that start ahead of the end of those before them, and without: `pdl`.",
 }
 
 

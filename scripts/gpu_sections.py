@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -22,11 +22,12 @@ import torch
 from bench_engines import Trichord, prompt_ids
 from synthetic_model import write_synthetic_model
 
-from trichord import LLM, Weight, WeightFormat
+from trichord import LLM, SamplingParams, Weight, WeightFormat
 from trichord.device import CPU, Place, interpreting, resolve
 from trichord.dispatch import PRECISIONS
 from trichord.llm import DEMO_MODEL
 from trichord.quantize import quantize_blocks
+from trichord.triton_kernels import launch
 
 
 @dataclass(frozen=True)
@@ -190,8 +191,8 @@ def exactness(place: Place, size: Size) -> Iterator[Finding]:
         found = set()
         for count in (1, 64):
             x = _activations(count, columns).to(place.device)
-            for launch in launches_of(lambda x=x, weight=weight: place.operations.matmul(x, [weight], "exact")):
-                found.update(roundings(launch.compiled.asm.get("ptx") or launch.compiled.asm["amdgcn"]))
+            for made in launches_of(lambda x=x, weight=weight: place.operations.matmul(x, [weight], "exact")):
+                found.update(roundings(made.compiled.asm.get("ptx") or made.compiled.asm["amdgcn"]))
         yield Finding(format.name, ok=not found, note=", ".join(sorted(found)))
 
 
@@ -306,6 +307,33 @@ def generation(place: Place, size: Size) -> Iterator[Finding]:
             del engine
 
 
+def dependent(place: Place, size: Size) -> Iterator[Finding]:
+    """One model's generation with and without programmatic dependent launch: the same tokens, and how fast they come.
+
+    Where it is faster and right, "pdl" of the GPU's launch configuration should be true.
+    """
+    own = launch.launches()
+    if not own.pdl_possible:
+        yield Finding("dependent launch", note=f"skipped: {own.target} has none")
+        return
+    described = size.models[0]
+    shape, mix = described.split(":")
+    tokens: dict[bool, list[int]] = {}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        path = Path(folder, f"{shape}-{mix}.gguf")
+        write_synthetic_model(path, shape, mix)
+        for ahead in (False, True):
+            launch.use(replace(own, pdl=ahead))
+            engine = Trichord(str(path), device="cuda")
+            greedy = SamplingParams(temperature=0, max_tokens=size.generate, ignore_eos=True)
+            tokens[ahead] = engine.llm.generate([prompt_ids(size.prompt, 500, seed=1)], greedy)[0].outputs[0].token_ids
+            took = statistics.median(engine.generate(size.generate, seed=1) for _ in range(size.repeats))
+            name = f"{described}: {'with' if ahead else 'without'} dependent launch"
+            yield Finding(name, {"tokens/s": size.generate / took}, tokens[ahead] == tokens[False])
+            del engine
+    launch.use(None)
+
+
 @dataclass(frozen=True)
 class Section:
     """A section's work, how long it may take in seconds, and whether it needs a real GPU."""
@@ -320,8 +348,9 @@ SECTIONS = {
     "exactness": Section(exactness, 40, needs_gpu=True),
     "models": Section(models, 70),
     "operations": Section(operations, 100),
-    "products": Section(products, 110),
-    "generation": Section(generation, 110),
+    "products": Section(products, 90),
+    "generation": Section(generation, 90),
+    "dependent": Section(dependent, 40, needs_gpu=True),
 }
 
 

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from triton.compiler import CompiledKernel
 
-TARGETS = {"sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
 
 
 @dataclass
@@ -36,10 +42,12 @@ class Kernel:
     spills: int
 
 
-def compile_launches(file: str, timeout: float = 900) -> dict[str, dict[str, list[Kernel]]]:
+def compile_launches(
+    file: str, targets: Sequence[str] = ("sm_90", "gfx942"), timeout: float = 900
+) -> dict[str, dict[str, list[Kernel]]]:
     """Makes the calls that `launches(target)` in the Python file `file` names -> kernels[target][call], in order.
 
-    One process a target, side by side. Raises RuntimeError with the compiler's own words when one fails.
+    One process for each of the targets, side by side. Raises RuntimeError with the compiler's own words when one fails.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
@@ -52,7 +60,7 @@ def compile_launches(file: str, timeout: float = 900) -> dict[str, dict[str, lis
         return {call: [Kernel(**kernel) for kernel in kernels] for call, kernels in calls.items()}
 
     with ThreadPoolExecutor() as pool:
-        return dict(zip(TARGETS, pool.map(compile_for, TARGETS), strict=True))
+        return dict(zip(targets, pool.map(compile_for, targets), strict=True))
 
 
 class _Driver:

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from trichord.triton_kernels.activations import Activations, store_limbs
+from trichord.triton_kernels.dependent import await_predecessor, dependent_launch
 
 BLOCK = 1024
 
@@ -93,11 +94,13 @@ def activation_kernel(
     ACTIVATION: tl.constexpr,
     LIMBS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program a row and BLOCK features, as floats and, with LIMBS, as integers."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width
+    await_predecessor(PDL)
     y = activated(tl.load(gate + row * gate_stride + columns, mask=mask, other=0.0), ACTIVATION)
     if up is not None:
         u = tl.load(up + row * up_stride + columns, mask=mask, other=0.0)
@@ -139,5 +142,6 @@ def activate(
         LIMBS=count,
         BLOCK=BLOCK,
         enable_fp_fusion=True,
+        **dependent_launch(),
     )
     return output if prepare is None else activations

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from trichord.triton_kernels.dependent import await_predecessor, dependent_launch
 from trichord.triton_kernels.launch import FEW_ROWS, launches
 
 LIMBS = {"default": 2, "fast": 1}
@@ -46,10 +47,11 @@ def store_limbs(values, group, valid, limbs, LIMBS: tl.constexpr):
 
 
 @triton.jit
-def limb_kernel(x, limbs, groups, LIMBS: tl.constexpr, BLOCK_GROUPS: tl.constexpr):
+def limb_kernel(x, limbs, groups, LIMBS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, PDL: tl.constexpr):
     """Rounds BLOCK_GROUPS of the groups of 32 of x float32: see `store_limbs`."""
     group = tl.program_id(0).to(tl.int64) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)[:, None]
     valid = group < groups
+    await_predecessor(PDL)
     values = tl.load(x + group * 32 + tl.arange(0, 32)[None, :], mask=valid, other=0.0)
     store_limbs(values, group, valid, limbs, LIMBS)
 
@@ -107,7 +109,7 @@ class Activations:
             limbs = self.new_limbs(count)
             total, block = limbs[1].numel(), launches().limb_groups
             limb_kernel[(triton.cdiv(total, block),)](
-                self.x, limbs, total, LIMBS=count, BLOCK_GROUPS=block, enable_fp_fusion=True
+                self.x, limbs, total, LIMBS=count, BLOCK_GROUPS=block, enable_fp_fusion=True, **dependent_launch()
             )
         codes, scales, sums = self._limbs[count]
         return codes.view(torch.int32), scales, sums

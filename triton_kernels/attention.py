@@ -21,6 +21,7 @@ from trichord.triton_kernels.activations import Activations
 from trichord.triton_kernels.arrival import arrives_last, counters
 from trichord.triton_kernels.attention_splits import combine_kernel, combined, split_span, store_rows
 from trichord.triton_kernels.attention_step import first_seen, load_rows, step
+from trichord.triton_kernels.dependent import await_predecessor, dependent_launch
 from trichord.triton_kernels.rotary import fresh_arguments, rotary_and_cache, store_fresh, turned
 
 Fresh = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor, bool]
@@ -101,6 +102,7 @@ def attention_kernel(
     LIMBS: tl.constexpr,
     COMBINED_ROWS: tl.constexpr,
     COMBINED_SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program a (tile of rows, split of the context), key-value head and sequence.
 
@@ -115,6 +117,7 @@ def attention_kernel(
     sequence = tl.program_id(2)
     tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // splits  # later tokens see more keys: the longest work first
     split = tl.program_id(0) % splits
+    await_predecessor(PDL)
     first_token = tl.load(query_starts + sequence)
     tokens = tl.load(query_starts + sequence + 1) - first_token
     length = tl.load(context_lengths + sequence)
@@ -402,6 +405,7 @@ def attention(
             COMBINED_SPLITS=min(MAX_SPLITS, BLOCK_COMBINED // (rows * block_value)) if combined else 0,
             enable_fp_fusion=True,
             **tile,
+            **dependent_launch(),
         )
         if splits > 1 and not combined:
             combine_kernel[(heads, sequences)](
@@ -422,6 +426,7 @@ def attention(
                 CHUNKED=chunked,
                 num_warps=max(4, block_value // 32),
                 enable_fp_fusion=True,
+                **dependent_launch(),
             )
 
     if max_query > 1:

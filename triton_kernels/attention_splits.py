@@ -7,6 +7,7 @@ import triton.language as tl
 
 from trichord.triton_kernels.activations import store_limbs
 from trichord.triton_kernels.attention_step import first_seen
+from trichord.triton_kernels.dependent import await_predecessor
 
 
 @triton.jit
@@ -79,10 +80,12 @@ def combine_kernel(
     BLOCK_SPLITS: tl.constexpr,
     WINDOW: tl.constexpr,
     CHUNKED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program a query head and sequence of one token: the means of its splits, weighted by their softmax sums."""
     head = tl.program_id(0)
     sequence = tl.program_id(1)
+    await_predecessor(PDL)
     token = tl.load(query_starts + sequence)
     if tl.load(query_starts + sequence + 1) - token != 1:
         return

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from trichord.triton_kernels.activations import Activations
+from trichord.triton_kernels.dependent import await_predecessor, dependent_launch
 from trichord.triton_kernels.experts import Pairs
 from trichord.triton_kernels.formats import FORMATS, Format
 from trichord.triton_kernels.launch import GemvTile, launches
@@ -122,6 +123,7 @@ def gemv_kernel(
     TOKENS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """y (tokens, rows) = x times the transposed weight times scale + bias, BLOCK_ROWS rows of a weight a program.
 
@@ -131,6 +133,7 @@ def gemv_kernel(
     of `experts` (pairs,): SHARING adjacent pairs share the row, tokens is 1.
     """
     tile = tl.program_id(0)
+    await_predecessor(PDL)
     for i in tl.static_range(len(FORMATS)):
         tiles = tl.cdiv(rows[i], BLOCK_ROWS[i])
         if len(FORMATS) == 1 or ((tile >= 0) & (tile < tiles)):
@@ -198,5 +201,6 @@ def gemv(
             num_warps=warps,
             num_stages=1,
             enable_fp_fusion=True,
+            **dependent_launch(),
         )
     return results

@@ -1,5 +1,7 @@
 """Tile sizes, warps and pipeline stages of every product, as data: what to tune for a GPU is in `configs/` alone.
 
+There, too, it says whether kernels start ahead of the end of those before them.
+
 A file there is for one model of GPU, `source` saying whether it was measured on it. A GPU without a file takes that of
 the nearest architecture. `scripts/tune.py` writes them.
 """
@@ -77,9 +79,20 @@ class Launches:
     weights: RowsTile  # decoded to float32
     halves: RowsTile  # activations rounded to float16
     limb_groups: int  # groups of activations that a program rounds to limbs
+    pdl: bool = False  # whether kernels of a decoding step start up while the ones before them finish: see `dependent`
+
+    def __post_init__(self) -> None:
+        if self.pdl and not self.pdl_possible:
+            raise ValueError(f"{self.gpu}: programmatic dependent launch needs sm_90 or newer, not {self.target}")
 
     def __hash__(self) -> int:
         return id(self)
+
+    @property
+    def pdl_possible(self) -> bool:
+        """Whether the target has programmatic dependent launch."""
+        family, number = _architecture(self.target)
+        return family == "sm_" and number >= 90
 
     def gemv_tile(self, tokens: int, groups: int, out: int, format: str) -> GemvTile:
         """The tile for `tokens` rows of x and a weight in `format` of `out` rows, `groups` groups each."""

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from trichord.triton_kernels.activations import Activations, store_limbs
+from trichord.triton_kernels.dependent import await_predecessor, dependent_launch
 
 MAX_BLOCK = 8192  # elements of a row held in registers at once: 16 a thread with the 16 warps below
 SPAN = 1024  # elements that a program takes at least: several rows where they are short
@@ -65,6 +66,7 @@ def norm_kernel(
     LIMBS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program ROWS rows. Their first block stays in registers; rows wider than BLOCK are read again."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -79,6 +81,7 @@ def norm_kernel(
         bias += row % bias_lines * width
     output += row.to(tl.int64) * width
     columns = tl.arange(0, BLOCK)[None, :]
+    await_predecessor(PDL)
     first = _updated(residual, delta, present, columns, width)
     sums = first if CENTERED else first * first
     for start in range(BLOCK, width, BLOCK):
@@ -147,6 +150,7 @@ def norm(
         BLOCK=block,
         num_warps=max(1, min(16, rows_together * block // 256)),
         enable_fp_fusion=True,
+        **dependent_launch(),
     )
     return output if prepare is None else activations
 

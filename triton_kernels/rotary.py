@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from trichord.triton_kernels.cache_8bit import store_8bit
+from trichord.triton_kernels.dependent import await_predecessor, dependent_launch
 
 BLOCK_HEADS = 8
 
@@ -90,11 +91,13 @@ def rotary_and_cache_kernel(
     INTERLEAVED: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program a token and BLOCK_HEADS heads: first the tiles of query heads, then those of key-value heads."""
     token = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     query_tiles = tl.cdiv(query_heads, BLOCK_HEADS)
+    await_predecessor(PDL)
     if tile < query_tiles:
         pairs = tl.arange(0, BLOCK_PAIRS)[None, :]
         left = 2 * pairs if INTERLEAVED else pairs
@@ -168,4 +171,5 @@ def rotary_and_cache(
         BLOCK_HEADS=BLOCK_HEADS,
         BLOCK_PAIRS=triton.next_power_of_2(max(pairs, 1)),
         enable_fp_fusion=True,
+        **dependent_launch(),
     )

@@ -21,6 +21,7 @@ from synthetic_model import SHAPES, Shape
 
 from trichord import WeightFormat
 from trichord.device import CPU, resolve
+from trichord.triton_kernels import launch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the check itself runs there")
 
@@ -66,6 +67,17 @@ def test_models_are_compared_and_measured(monkeypatch):
         f"tiny:Q4_K_M: {what}" for what in ("load", "prompt of 2", "prompt of 1", "2 x 1 tokens")
     ]
     assert all(value > 0 for finding in findings for value in finding.values.values())
+
+
+def test_dependent_launch_is_measured_beside_the_other(monkeypatch):
+    """As on a GPU that had it: the interpreter's kernels do not know the option."""
+    for ahead in (False, True):
+        monkeypatch.setattr(launch.Launches, "pdl_possible", ahead)
+        monkeypatch.setattr(launch, "use", lambda configuration: None)
+        findings = list(gpu_sections.dependent(resolve("cuda"), QUICK))
+        names = ["tiny:Q4_K_M: without dependent launch", "tiny:Q4_K_M: with dependent launch"]
+        assert [finding.name for finding in findings] == (names if ahead else ["dependent launch"])
+        assert [finding.ok for finding in findings] == ([True, True] if ahead else [None])
 
 
 @pytest.mark.parametrize("format", [WeightFormat.Q6_K, WeightFormat.Q8_1, WeightFormat.F64], ids=repr)

@@ -43,6 +43,18 @@ def test_tiles_are_such_as_kernels_can_have(configuration):
     assert names <= {None, *(weight_format.name for weight_format in FORMATS)}
 
 
+@by_name
+def test_kernels_start_ahead_only_where_a_gpu_has_it_and_as_long_as_nobody_has_measured_it_nowhere(configuration):
+    assert not configuration.pdl
+    possible = configuration.target in ("sm_90", "sm_100", "sm_120")
+    assert configuration.pdl_possible == possible
+    if possible:
+        assert replace(configuration, pdl=True).pdl
+    else:
+        with pytest.raises(ValueError, match="needs sm_90"):
+            replace(configuration, pdl=True)
+
+
 def test_the_interpreter_has_its_own():
     assert launches().target == "interpreter"
 
