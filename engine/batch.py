@@ -33,14 +33,15 @@ class Batch:
 
     @classmethod
     def of(cls, chunks: List[Chunk]) -> Batch:
-        """Lays out the chunks of a step, on the CPU."""
+        """Lays out the chunks of a step, on the CPU. A token that is on its way is 0 here."""
         ids, positions, slots, logit_rows = [], [], [], []
         start = 0
         for chunk in chunks:
             sequence = chunk.sequence
             span = np.arange(chunk.start, chunk.end)
             pages = np.asarray(sequence.pages, np.int64)
-            ids.append(np.asarray(sequence.tokens[chunk.start : chunk.end], np.int64))
+            known = sequence.tokens[chunk.start : chunk.end]
+            ids.append(np.asarray(known + [0] * (chunk.count - len(known)), np.int64))
             positions.append(span)
             slots.append(pages[span // PAGE_SIZE] * PAGE_SIZE + span % PAGE_SIZE)
             start += chunk.count

@@ -30,6 +30,8 @@ class Capture(Protocol):
     """Numbers of sequences that steps are captured for, ascending; idle rows fill up to the next."""
     patience: int
     """Steps of a number of sequences that go by before they are captured, which costs some steps itself."""
+    ahead: bool
+    """Whether a replay is only begun, so that the host can begin the next one before it reads what this one gives."""
 
     def __call__(self, compute: Compute, reset: Callable[[], None]) -> Compute | None:
         """Runs a computation and returns its replay, which gives the results for what its inputs then hold.
@@ -69,12 +71,14 @@ class DecodeGraphs:
         self._model, self._caches, self._precision = model, caches, precision
         self._max_pages, self._scratch = max_pages, scratch
         self._capture: Capture | None = capture
+        self.ahead = capture.ahead
         self._graphs: dict[int, tuple[Batch, DecodeInputs, Compute]] = {}
         self._met: Counter[int] = Counter()
 
-    def logits(self, batch: Batch) -> torch.Tensor | None:
+    def logits(self, batch: Batch, token_ids: torch.Tensor | None = None) -> torch.Tensor | None:
         """The logits (S, vocabulary) of a batch of S sequences of one token, valid until the next call.
 
+        With token_ids (S,) int64, on the device, these are the tokens; one below zero is none, and gives nothing.
         None for a batch of another kind, and where graphs cannot be captured: nothing has been computed then.
         """
         if batch.max_query != 1 or self._capture is None:
@@ -102,6 +106,8 @@ class DecodeGraphs:
             slots = torch.cat((batch.new_slots, batch.new_slots.new_tensor([self._scratch.slot])))
             self._model.clear_states(slots, self._caches)
         inputs.load(padded(batch, idle))
+        if token_ids is not None:
+            inputs.batch.token_ids[: len(token_ids)] = token_ids.clamp(min=0)
         return replay()[: len(batch.token_ids)]
 
     def _captured(self, size: int) -> tuple[Batch, DecodeInputs, Compute] | None:
@@ -158,24 +164,29 @@ class CudaCapture:
 
     sizes = (1, 2, 4, 8, 16, 32, 64)
     patience = 0
+    ahead = True
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._stream = torch.cuda.Stream(device)
         self._pool = None
 
     def __call__(self, compute: Compute, reset: Callable[[], None]) -> Compute:
-        """Runs `compute` once on a stream of its own, so that every kernel is compiled and loaded, then captures it."""
+        """Runs `compute` once on the stream of captures, so that every kernel is compiled and loaded, then captures it.
+
+        What kernels keep for all their launches on a stream is then there before the capture.
+        """
         with torch.cuda.device(self._device):
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            warm_up, current = torch.cuda.Stream(), torch.cuda.current_stream()
-            warm_up.wait_stream(current)
-            with torch.cuda.stream(warm_up):
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
                 compute()
-            current.wait_stream(warm_up)
+            current.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             # Other threads may use the GPU for their own ends meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 results = compute()
 
         def replay() -> torch.Tensor:
@@ -191,6 +202,7 @@ class CpuCapture:
 
     sizes = range(1, 9)
     patience = 4
+    ahead = False
 
     def __init__(self, operations: Operations) -> None:
         self._operations = operations

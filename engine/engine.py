@@ -1,7 +1,8 @@
 """The engine: model, caches and scheduler, driven one step at a time by whoever waits for a result.
 
 There is no background thread. Every caller adds its sequences and then takes steps under the lock until they are done;
-a step serves the sequences of all callers, so several threads share one batch.
+a step serves the sequences of all callers, so several threads share one batch. A GPU is given the next step, where that
+can be, before the tokens of the last one are read: it draws them itself, and what follows an end is thrown away.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as List
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,9 +20,10 @@ from trichord.cache import PagePool
 from trichord.decode_graph import Capture, DecodeGraphs, Scratch
 from trichord.device import memory_errors
 from trichord.dispatch import Precision
+from trichord.launched import Launched
 from trichord.models.decoder import Decoder
 from trichord.outputs import TokenLogprobs
-from trichord.sampling import log_likelihoods, report_logprobs, sample
+from trichord.sampling import log_likelihoods, report_logprobs
 from trichord.scheduler import Chunk, Scheduler
 from trichord.sequence import Sequence
 
@@ -63,6 +66,8 @@ class Engine:
                 for layer in model.layers
             ]
         self._graphs: DecodeGraphs | None = None
+        self._ahead: Launched | None = None
+        """The next step, if the device has it already: launched before the tokens of the last one were read."""
         if capture is not None:
             scratch = Scratch(pages, max_sequences)
             self._graphs = DecodeGraphs(model, self.caches, precision, max_pages, scratch, capture)
@@ -94,42 +99,72 @@ class Engine:
 
     @torch.inference_mode()
     def _step(self) -> None:
-        chunks = self.scheduler.schedule()
+        launched, self._ahead = self._ahead, None
+        if launched is not None and launched.is_void:
+            launched = None
+        chunks = launched.chunks if launched else self.scheduler.schedule()
         try:
-            self._compute(chunks)
+            launched = launched or Launched.of(chunks, self._results(chunks))
+            self._ahead = self._launch_next(launched)
+            self._book(launched)
         except BaseException:
-            # Keys and values are written again where they were; a state has moved on and must be computed anew.
-            if self.model.has_states:
-                for chunk in reversed(chunks):
-                    if not chunk.sequence.finished:
-                        self.scheduler.preempt(chunk.sequence)
+            self._take_back(chunks)
             raise
 
-    def _compute(self, chunks: list[Chunk]) -> None:
-        with memory_errors("computing a step", "try fewer gpu_layers, or a smaller context_length or max_batch_tokens"):
-            parts = self._results(chunks)
-        reports = [self._prompt_report(chunk, part) for chunk, part in zip(chunks, parts, strict=True)]
-        drawn = self._draw([(c.sequence, part[-1]) for c, part in zip(chunks, parts, strict=True) if c.draws])
-        # Nothing has changed until here, so that a step that was interrupted or failed can be taken again.
-        for chunk, report in zip(chunks, reports, strict=True):
-            self._commit(chunk, report, drawn.get(chunk.sequence))
+    def _take_back(self, chunks: list[Chunk]) -> None:
+        """Forgets what is computed but not booked.
 
-    def _results(self, chunks: list[Chunk]) -> list[torch.Tensor]:
+        Keys and values are written again where they were; a state has moved on and must be computed anew.
+        """
+        self._ahead = None
+        if self.model.has_states:
+            for chunk in reversed(chunks):
+                if not chunk.sequence.finished:
+                    self.scheduler.preempt(chunk.sequence)
+
+    def _launch_next(self, launched: Launched) -> Launched | None:
+        """The step after this one, where the device can go on by itself with the tokens that the host has not read."""
+        if not (self._graphs and self._graphs.ahead and launched.leads_on):
+            return None
+        chunks = self.scheduler.following(launched.chunks)
+        if chunks is None:
+            return None
+        with _memory_errors():
+            logits = self._graphs.logits(Batch.of(chunks), launched.drawn.tokens)
+        return None if logits is None else Launched.of(chunks, logits.split(1), ahead=1)
+
+    def _results(self, chunks: list[Chunk]) -> List[torch.Tensor]:
         """What each chunk's `logit_rows` give: their logits, or the hidden states where these are to be reported."""
         batch = Batch.of(chunks)
-        if self._graphs and all(chunk.draws and not chunk.sequence.owes_prompt_results for chunk in chunks):
-            logits = self._graphs.logits(batch)
-            if logits is not None:
-                return list(logits.split(1))
-        hidden = self.model.forward(batch, self.caches, self.precision)
-        parts = list(torch.split(hidden, [chunk.logit_rows for chunk in chunks]))
-        predicting = [i for i, chunk in enumerate(chunks) if chunk.sequence.prompt_report != "hidden"]
-        if predicting:
-            states = hidden if len(predicting) == len(parts) else torch.cat([parts[i] for i in predicting])
-            logits = self.model.logits(states, self.precision)
-            for i, part in zip(predicting, logits.split([len(parts[i]) for i in predicting]), strict=True):
-                parts[i] = part
+        with _memory_errors():
+            if self._graphs and all(chunk.draws and not chunk.sequence.owes_prompt_results for chunk in chunks):
+                logits = self._graphs.logits(batch)
+                if logits is not None:
+                    return logits.split(1)
+            hidden = self.model.forward(batch, self.caches, self.precision)
+            parts = list(torch.split(hidden, [chunk.logit_rows for chunk in chunks]))
+            predicting = [i for i, chunk in enumerate(chunks) if chunk.sequence.prompt_report != "hidden"]
+            if predicting:
+                states = hidden if len(predicting) == len(parts) else torch.cat([parts[i] for i in predicting])
+                logits = self.model.logits(states, self.precision)
+                for i, part in zip(predicting, logits.split([len(parts[i]) for i in predicting]), strict=True):
+                    parts[i] = part
         return parts
+
+    def _book(self, launched: Launched) -> None:
+        """Waits for a step's results and takes them; a sequence that has ended since its launch takes nothing."""
+        going_on = [
+            (chunk, part)
+            for chunk, part in zip(launched.chunks, launched.parts, strict=True)
+            if not chunk.sequence.finished
+        ]
+        reports = [self._prompt_report(chunk, part) for chunk, part in going_on]
+        drawn = self._drawn(launched)
+        # Nothing has changed until here, so that a step that was interrupted or failed can be taken again.
+        for (chunk, _), report in zip(going_on, reports, strict=True):
+            self._commit(chunk, report, drawn.get(chunk.sequence))
+        if self._ahead and launched.drawn.redrawn:
+            self._take_back(self._ahead.chunks)
 
     def _prompt_report(self, chunk: Chunk, logits: torch.Tensor) -> list[Any]:
         sequence = chunk.sequence
@@ -147,17 +182,14 @@ class Engine:
             report = report_logprobs(rows, following, sequence.params.prompt_logprobs, self._piece)
         return [*skipped, *report, *([None] if chunk.completes else [])]
 
-    def _draw(self, rows: list[tuple[Sequence, torch.Tensor]]) -> dict[Sequence, tuple[int, TokenLogprobs | None]]:
-        if not rows:
+    def _drawn(self, launched: Launched) -> dict[Sequence, tuple[int, TokenLogprobs | None]]:
+        if launched.drawn is None:
             return {}
-        sequences = [sequence for sequence, _ in rows]
-        raw = torch.stack([row for _, row in rows])
-        tokens = sample(raw.clone(), sequences)
         drawn = {}
-        for sequence, row, token in zip(sequences, raw, tokens, strict=True):
-            count = sequence.params.logprobs
+        for chunk, row, token in zip(launched.drawing, launched.logits, launched.drawn.read(), strict=True):
+            count = chunk.sequence.params.logprobs
             entries = None if count is None else report_logprobs(row[None], [token], count, self._piece)[0]
-            drawn[sequence] = (token, entries)
+            drawn[chunk.sequence] = (token, entries)
         return drawn
 
     def _commit(self, chunk: Chunk, report: list[Any], drawn: tuple[int, TokenLogprobs | None] | None) -> None:
@@ -170,3 +202,7 @@ class Engine:
             sequence.finish("length")
         if sequence.finished:
             self.scheduler.retire(sequence)
+
+
+def _memory_errors() -> AbstractContextManager[None]:
+    return memory_errors("computing a step", "try fewer gpu_layers, or a smaller context_length or max_batch_tokens")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as List
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,29 +24,54 @@ _CANDIDATES = 1024
 _NOT_FINITE, _TOO_FEW = -1, -2
 
 
-def sample(logits: torch.Tensor, sequences: List[Sequence]) -> list[int]:
-    """logits (R, V) float32, changed in place; a row a sequence -> the next token of each.
+class Drawn:
+    """A token for each row, drawn where the logits lie; the host waits for it in `read` alone."""
 
-    Order: bias and penalties, temperature, min_p, top_k, top_p, draw. Everything runs where the logits lie; the host
-    waits for it once, for the tokens. Raises ModelError for logits that are not finite.
-    """
-    maxima = logits.amax(-1)  # an infinite or undefined logit reaches the maximum
-    _penalize(logits, sequences)
-    tokens = logits.argmax(-1)
-    drawing = [index for index, sequence in enumerate(sequences) if sequence.params.temperature > 0]
-    if drawing:
-        rows = _tensor(drawing, torch.int64, logits.device)
-        tokens[rows] = _draw(logits[rows], [sequences[index] for index in drawing], _CANDIDATES)
-    drawn = torch.where(torch.isfinite(maxima), tokens, _NOT_FINITE).tolist()
-    if _NOT_FINITE in drawn:
-        raise ModelError("The model computed logits that are not finite numbers: its weights may be damaged.")
-    again = [index for index, token in enumerate(drawn) if token == _TOO_FEW]
-    if again:
-        rows = _tensor(again, torch.int64, logits.device)
-        redrawn = _draw(logits[rows], [sequences[index] for index in again], logits.shape[-1])
-        for index, token in zip(again, redrawn.tolist(), strict=True):
-            drawn[index] = token
-    return drawn
+    def __init__(self, logits: torch.Tensor, sequences: List[Sequence], ahead: int = 0) -> None:
+        """logits (R, V) float32, changed in place; a row a sequence, which has `ahead` more tokens than the host knows.
+
+        Order: bias and penalties, temperature, min_p, top_k, top_p, draw.
+        """
+        positions = [len(sequence.tokens) + ahead for sequence in sequences]
+        maxima = logits.amax(-1)  # an infinite or undefined logit reaches the maximum
+        _penalize(logits, sequences)
+        tokens = logits.argmax(-1)
+        drawing = [index for index, sequence in enumerate(sequences) if sequence.params.temperature > 0]
+        if drawing:
+            rows = _tensor(drawing, torch.int64, logits.device)
+            tokens[rows] = _draw(logits[rows], *_chosen(drawing, sequences, positions), _CANDIDATES)
+        self.tokens = torch.where(torch.isfinite(maxima), tokens, _NOT_FINITE)
+        """(R,) int64, beside the logits; below zero where there is none yet."""
+        self.redrawn = False
+        """Whether `read` has drawn a token itself, which `tokens` does not have."""
+        self._logits, self._sequences, self._positions = logits, sequences, positions
+        self._copy = self.tokens.to("cpu", non_blocking=True)  # from a GPU into pinned memory
+        self._copied: torch.cuda.Event | None = None
+        if logits.device.type == "cuda":
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(logits.device))
+
+    def read(self) -> list[int]:
+        """The tokens. Raises ModelError for logits that are not finite."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        drawn = self._copy.tolist()
+        if _NOT_FINITE in drawn:
+            raise ModelError("The model computed logits that are not finite numbers: its weights may be damaged.")
+        again = [index for index, token in enumerate(drawn) if token == _TOO_FEW]
+        if again:
+            self.redrawn = True
+            rows = _tensor(again, torch.int64, self._logits.device)
+            chosen = _chosen(again, self._sequences, self._positions)
+            redrawn = _draw(self._logits[rows], *chosen, self._logits.shape[-1])
+            for index, token in zip(again, redrawn.tolist(), strict=True):
+                drawn[index] = token
+        return drawn
+
+
+def sample(logits: torch.Tensor, sequences: List[Sequence]) -> list[int]:
+    """logits (R, V) float32, changed in place; a row a sequence -> the next token of each: see `Drawn`."""
+    return Drawn(logits, sequences).read()
 
 
 def log_likelihoods(logits: torch.Tensor, tokens: List[int]) -> torch.Tensor:
@@ -118,10 +144,21 @@ def _entries(
     return place, _tensor(values, logits.dtype, logits.device)
 
 
-def _draw(logits: torch.Tensor, sequences: List[Sequence], candidates: int) -> torch.Tensor:
-    """logits (R, V) -> tokens (R,) int64, _TOO_FEW where the `candidates` likeliest do not hold the mass of top_p."""
+def _chosen(indices: List[int], *lists: List[Any]) -> list[list[Any]]:
+    """The elements of each list at these indices."""
+    return [[each[index] for index in indices] for each in lists]
+
+
+def _draw(logits: torch.Tensor, sequences: List[Sequence], positions: List[int], candidates: int) -> torch.Tensor:
+    """logits (R, V) -> tokens (R,) int64 for these positions.
+
+    _TOO_FEW stands where the `candidates` likeliest do not hold the mass of top_p.
+    """
     names = ("temperature", "min_p", "top_p", "top_k")
-    numbers = [[*(getattr(s.params, name) for name in names), _uniform(s)] for s in sequences]
+    numbers = [
+        [*(getattr(sequence.params, name) for name in names), _uniform(sequence, position)]
+        for sequence, position in zip(sequences, positions, strict=True)
+    ]
     columns = _tensor(numbers, torch.float64, logits.device)
     temperature, min_p, top_p = (columns[:, i, None].float() for i in range(3))
     draws = columns[:, 4, None]
@@ -169,7 +206,7 @@ def _tensor(values: object, dtype: torch.dtype, device: torch.device) -> torch.T
     return torch.as_tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
-def _uniform(sequence: Sequence) -> float:
+def _uniform(sequence: Sequence, position: int) -> float:
     """The draw in [0, 1) that belongs to this position of this completion."""
-    generator = np.random.Philox(key=[sequence.seed, sequence.index], counter=[len(sequence.tokens), 0, 0, 0])
+    generator = np.random.Philox(key=[sequence.seed, sequence.index], counter=[position, 0, 0, 0])
     return (int(generator.random_raw()) >> 11) * 2.0**-53

@@ -59,6 +59,11 @@ class SamplingParams:
         if self.logit_bias is not None:
             self._check_logit_bias()
 
+    @property
+    def penalizes(self) -> bool:
+        """Whether a draw depends on the tokens before it by more than their logits."""
+        return self.repetition_penalty != 1.0 or bool(self.presence_penalty or self.frequency_penalty)
+
     def _check(self, name: str, low: float, high: float, *, open_below: bool = False, whole: bool = False) -> None:
         value = getattr(self, name)
         kind_fits = _is_whole(value) if whole else _is_number(value)

@@ -17,7 +17,10 @@ from trichord.sequence import Sequence
 
 @dataclass(frozen=True)
 class Chunk:
-    """The tokens of a sequence from `start` to `end`, to be computed in one step."""
+    """The tokens of a sequence from `start` to `end`, to be computed in one step.
+
+    The last one may be on its way: drawn, but not read yet.
+    """
 
     sequence: Sequence
     start: int
@@ -31,7 +34,7 @@ class Chunk:
     @property
     def completes(self) -> bool:
         """Whether this chunk reaches the last token that the sequence has."""
-        return self.end == len(self.sequence.tokens)
+        return self.end >= len(self.sequence.tokens)
 
     @property
     def draws(self) -> bool:
@@ -87,6 +90,23 @@ class Scheduler:
             chunks.append(_next_chunk(sequence, budget if self.splitting else len(sequence.tokens)))
             budget = max(0, budget - chunks[-1].count)
         return chunks
+
+    def following(self, chunks: list[Chunk]) -> list[Chunk] | None:
+        """The chunks of the step after one of these: of the token that each of them draws. Their pages are taken.
+
+        None where the tokens decide about it, or others: one is the last of its sequence, or takes a page that is not
+        free, or somebody else may join.
+        """
+        joining = self.waiting and len(self.running) < self.max_sequences
+        if joining or [chunk.sequence for chunk in chunks] != self.running:
+            return None
+        if any(chunk.end + 1 >= chunk.sequence.limit for chunk in chunks):
+            return None
+        if sum(pages_for(chunk.end + 1) - len(chunk.sequence.pages) for chunk in chunks) > self.pool.free_pages:
+            return None
+        for chunk in chunks:
+            self._grow(chunk.sequence, chunk.end + 1)
+        return [Chunk(chunk.sequence, chunk.end, chunk.end + 1) for chunk in chunks]
 
     def computed(self, chunk: Chunk) -> None:
         """Books a chunk whose keys and values are in the caches; its full pages become known to later prompts."""

@@ -16,6 +16,7 @@ from trichord.batch import Batch
 from trichord.cache import PAGE_SIZE
 from trichord.completion_text import CompletionText
 from trichord.decode_graph import DecodeInputs, Scratch, padded, padded_size, scratch_batch
+from trichord.sampling import Drawn
 from trichord.scheduler import Chunk
 from trichord.sequence import Sequence
 
@@ -31,11 +32,14 @@ def tiny(tmp_path_factory):
 class Captures:
     """Stands in for the capture of graphs: it runs a computation once, and again at every replay."""
 
-    def __init__(self, error: Exception | None = None) -> None:
-        self.error = error
+    def __init__(self, error: Exception | None = None, ahead: bool = False) -> None:
+        self.error, self.ahead = error, ahead
         self.captured = self.replayed = 0
 
     sizes, patience = (1, 2, 4, 8), 0
+
+    def launched(self) -> None:
+        """Called with each replay."""
 
     def __call__(self, compute, reset):
         if self.error:
@@ -45,6 +49,7 @@ class Captures:
 
         def replay():
             self.replayed += 1
+            self.launched()
             return compute()
 
         return replay
@@ -100,16 +105,138 @@ def test_idle_rows_write_to_the_scratch_page_only(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["qwen3next-moe", "lfm2-dense"])
-def test_recurrent_states_are_those_without_graphs(name, monkeypatch):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_recurrent_states_are_those_without_graphs(name, ahead, monkeypatch):
     path = parity(f"archs/{name}.gguf")
     prompts, lengths = [[1, 2, 3], [7], [5, 4]], (4, 3, 2)
-    captures = Captures()
+    captures = Captures(ahead=ahead)
     options = {"context_length": 96, "max_sequences": 3}
     llm = model(path, captures, monkeypatch, **options)
     expected = completions(model(path, None, monkeypatch, **options), prompts, lengths)
     assert completions(llm, prompts, lengths) == expected
     assert completions(llm, prompts, lengths) == expected  # in slots that were used before
     assert captures.replayed
+
+
+WAYS_TO_DRAW = {
+    "greedy": {"temperature": 0},
+    "truncated": {"top_k": 20, "top_p": 0.9, "min_p": 0.01, "temperature": 0.8},
+    "biased": {"logit_bias": {5: 3.0, 9: -2.0}},
+    "reported": {"logprobs": 3},
+    "stopping at a token": {"stop_token_ids": list(range(0, 256, 9))},
+    "stopping at a string": {"stop": ["a", "e", "7"]},
+    "several": {"n": 3},
+    "penalized": {"repetition_penalty": 1.3, "frequency_penalty": 0.2},
+    "unlike one another": None,
+}
+
+
+def all_of(llm: LLM, ways: list[dict]) -> list:
+    """Everything of the completions of PROMPTS: tokens, text, probabilities, how they ended."""
+    lengths = (9, 12, 3, 7, 20)
+    params = [
+        SamplingParams(**{"max_tokens": length, "seed": length, **way})
+        for length, way in zip(lengths, ways, strict=True)
+    ]
+    return [output.outputs for output in llm.generate(PROMPTS, params)]
+
+
+@pytest.mark.parametrize("name", WAYS_TO_DRAW)
+@pytest.mark.parametrize("sequences", [8, 2], ids=lambda count: f"{count} at once")
+def test_steps_ahead_change_nothing(tiny, name, sequences, monkeypatch):
+    """The next step begins before the tokens of the last one are read; ends that are seen late leave no trace."""
+    way = WAYS_TO_DRAW[name]
+    ways = [way] * len(PROMPTS) if way else list(WAYS_TO_DRAW.values())[: len(PROMPTS)]
+    options = {"max_sequences": sequences, "max_batch_tokens": 40}
+    ahead, plain = (model(tiny, Captures(ahead=each), monkeypatch, **options) for each in (True, False))
+    for _ in range(2):  # then with pages and prefixes of an earlier run
+        assert all_of(ahead, ways) == all_of(plain, ways)
+    pool = ahead._engine.scheduler.pool
+    assert pool.free_pages == pool.size
+
+
+def events(llm: LLM, captures: Captures, monkeypatch, **params) -> list[str]:
+    """What happens in which order: "launch" of a captured step, "read" of tokens."""
+    log: list[str] = []
+    read = Drawn.read
+    monkeypatch.setattr(Drawn, "read", lambda drawn: log.append("read") or read(drawn))
+    monkeypatch.setattr(captures, "launched", lambda: log.append("launch"))
+    llm.generate([[1, 2, 3]], SamplingParams(ignore_eos=True, max_tokens=4, **params))
+    return log
+
+
+def test_a_step_is_launched_before_the_tokens_of_the_last_are_read(tiny, monkeypatch):
+    captures = Captures(ahead=True)
+    llm = model(tiny, captures, monkeypatch)
+    steps = ["launch", "read"]
+    assert events(llm, captures, monkeypatch) == [*steps, *steps, *steps, "read"]
+
+
+@pytest.mark.parametrize(("ahead", "params"), [(True, {"presence_penalty": 0.5}), (False, {})])
+def test_where_tokens_are_needed_first_they_are_read_first(tiny, ahead, params, monkeypatch):
+    captures = Captures(ahead=ahead)
+    llm = model(tiny, captures, monkeypatch)
+    assert events(llm, captures, monkeypatch, **params) == ["read", *["launch", "read"] * 3]
+
+
+def test_launching_ahead_waits_for_nothing(tiny, monkeypatch):
+    llm = model(tiny, Captures(ahead=True), monkeypatch)
+    made = []
+    launch_next = llm._engine._launch_next
+
+    def watched(launched):
+        with Calls(*READS) as calls:
+            following = launch_next(launched)
+        made.extend(calls.made)
+        return following
+
+    monkeypatch.setattr(llm._engine, "_launch_next", watched)
+    llm.generate([[1, 2, 3], [7]], SamplingParams(max_tokens=4, top_p=0.9, seed=1))
+    assert not made
+
+
+@pytest.mark.parametrize("name", ["tiny", "qwen3next-moe", "lfm2-dense"])
+def test_a_token_that_the_host_must_draw_itself_takes_the_step_ahead_back(tiny, name, monkeypatch):
+    """Too few candidates hold the mass of top_p: what was computed with no token counts for nothing, states too."""
+    monkeypatch.setattr("trichord.sampling._CANDIDATES", 2)
+    path = tiny if name == "tiny" else parity(f"archs/{name}.gguf")
+    prompts, params = [[1, 2, 3], [7]], SamplingParams(top_p=0.5, temperature=0.6, seed=4, max_tokens=8)
+    options = {"context_length": 96, "max_sequences": 3}
+    llms = [model(path, captures, monkeypatch, **options) for captures in (Captures(ahead=True), None)]
+    taken_back = []
+    take_back = llms[0]._engine._take_back
+    monkeypatch.setattr(llms[0]._engine, "_take_back", lambda chunks: taken_back.append(1) or take_back(chunks))
+    ahead, plain = ([output.outputs for output in llm.generate(prompts, params)] for llm in llms)
+    assert ahead == plain
+    assert taken_back
+
+
+def test_others_go_on_after_one_is_aborted_with_a_step_ahead(tiny, monkeypatch):
+    llm = model(tiny, Captures(ahead=True), monkeypatch)
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    stream = llm.stream([1, 2, 3], params)
+    next(stream)
+    stream.close()
+    assert llm._engine._ahead is not None
+    assert completions(llm) == completions(model(tiny, None, monkeypatch))
+
+
+def test_a_step_that_fails_is_taken_again_with_what_was_ahead(tiny, monkeypatch):
+    llm, failures = model(tiny, Captures(ahead=True), monkeypatch), [2]
+    read = Drawn.read
+
+    def failing(drawn):
+        failures[0] -= 1
+        if failures[0] == 0:
+            raise KeyboardInterrupt
+        return read(drawn)
+
+    monkeypatch.setattr(Drawn, "read", failing)
+    params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([[1, 2, 3]], params)
+    assert llm._engine._ahead is None
+    assert completions(llm) == completions(model(tiny, None, monkeypatch))
 
 
 def test_failure_to_capture_warns_once_and_goes_on(tiny, monkeypatch):
