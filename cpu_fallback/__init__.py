@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from trichord.cpu_fallback.activation import activate
+from trichord.cpu_fallback.activation import activate, activated_matmul
 from trichord.cpu_fallback.attention import attention
 from trichord.cpu_fallback.convolution import short_convolution
 from trichord.cpu_fallback.experts import expert_matmul
@@ -43,6 +43,7 @@ __all__ = [
     "FUSED_FORMATS",
     "LAYOUT",
     "activate",
+    "activated_matmul",
     "attention",
     "capture",
     "default_threads",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from trichord.cpu_fallback.jit import have_numba
+from trichord.cpu_fallback.matmul import matmul
+from trichord.weight_format import Weight
 
 
 def activate(
@@ -29,6 +33,18 @@ def activate(
     places = gate.data_ptr(), gate.stride(0), *up_place, output.data_ptr()
     activation_kernel(activation)(gate.shape[0], width, *places, width)
     return output
+
+
+def activated_matmul(
+    x: torch.Tensor,
+    weights: Sequence[Weight],
+    precision: str,
+    activation: str,
+    biases: Sequence[torch.Tensor | None] | None = None,
+) -> torch.Tensor:
+    """x (T, K) float32 times a gate and an up (F, K), or one alone -> what `activate` makes of the products (T, F)."""
+    gate, *up = matmul(x, weights, precision, biases)
+    return activate(gate, up[0] if up else None, activation)
 
 
 def _activate(gate: torch.Tensor, up: torch.Tensor | None, activation: str) -> torch.Tensor:

@@ -221,6 +221,16 @@ class Operations(Protocol):
         g * sigmoid(1.702 g) * (u + 1) with g = min(gate, 7) and u = clamp(up, -7, 7).
         """
 
+    def activated_matmul(
+        self,
+        x: torch.Tensor | Prepared,
+        weights: Sequence[Weight],
+        precision: Precision,
+        activation: Activation,
+        biases: Sequence[torch.Tensor | None] | None = None,
+    ) -> torch.Tensor | Prepared:
+        """What `activate` makes of `matmul`'s products with a gate and an up, or one alone -> (T, F), prepared."""
+
     def short_convolution(
         self,
         x: torch.Tensor,

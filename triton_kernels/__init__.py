@@ -12,6 +12,7 @@ from trichord.triton_kernels.activation import activate
 from trichord.triton_kernels.attention import attention
 from trichord.triton_kernels.convolution import short_convolution
 from trichord.triton_kernels.formats import FORMATS
+from trichord.triton_kernels.gated import activated_matmul
 from trichord.triton_kernels.matmul import expert_matmul, matmul
 from trichord.triton_kernels.norm import norm
 from trichord.triton_kernels.rotary import rotary_and_cache
@@ -41,6 +42,7 @@ __all__ = [
     "FUSED_FORMATS",
     "LAYOUT",
     "activate",
+    "activated_matmul",
     "attention",
     "delta_scan",
     "dequantize",

@@ -83,6 +83,17 @@ def activated(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def gated(gate, up, ACTIVATION: tl.constexpr):
+    """activation(gate) * up, or the activation alone where up is None."""
+    y = activated(gate, ACTIVATION)
+    if up is not None:
+        if ACTIVATION == "swiglu_oai":
+            up = tl.minimum(tl.maximum(up, -7.0), 7.0) + 1.0
+        y *= up
+    return y
+
+
+@triton.jit
 def activation_kernel(
     gate,
     up,
@@ -101,12 +112,10 @@ def activation_kernel(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width
     await_predecessor(PDL)
-    y = activated(tl.load(gate + row * gate_stride + columns, mask=mask, other=0.0), ACTIVATION)
+    u = None
     if up is not None:
         u = tl.load(up + row * up_stride + columns, mask=mask, other=0.0)
-        if ACTIVATION == "swiglu_oai":
-            u = tl.minimum(tl.maximum(u, -7.0), 7.0) + 1.0
-        y *= u
+    y = gated(tl.load(gate + row * gate_stride + columns, mask=mask, other=0.0), u, ACTIVATION)
     tl.store(output + row * width + columns, y, mask=mask)
     if LIMBS:
         group = tl.program_id(1) * (BLOCK // 32) + tl.arange(0, BLOCK // 32)[:, None]

@@ -50,7 +50,7 @@ def _load_queries(
     else:
         columns = tl.arange(0, BLOCK)
         mask = used[:, None] & (columns < COUNT)[None, :]
-        cos, sin = fresh[2] + token * PAIRS, fresh[3] + token * PAIRS
+        cos, sin = fresh[1] + token * PAIRS, fresh[2] + token * PAIRS
         return turned(rows[:, None], cos, sin, FIRST + columns[None, :], mask, PAIRS, INTERLEAVED)
 
 
@@ -58,6 +58,7 @@ def _load_queries(
 def attention_kernel(
     q,
     fresh,
+    fresh_values,
     key_cache,
     value_cache,
     key_scales,
@@ -135,7 +136,7 @@ def attention_kernel(
         return
     if fresh is not None and end == length:  # no other program reads the last position
         store_fresh(
-            fresh, first_token.to(tl.int64), kv_head + tl.arange(0, 1)[:, None], kv_heads,
+            fresh, fresh_values, first_token.to(tl.int64), kv_head + tl.arange(0, 1)[:, None], kv_heads,
             key_cache, value_cache, key_scales, value_scales, HEAD_SIZE, VALUE_SIZE, PAGE, PAIRS, INTERLEAVED,
         )  # fmt: skip
         tl.debug_barrier()
@@ -327,7 +328,7 @@ def attention(
     latent = not exact and value_size == block_head and value_stride == head_size and offset in (0, end)
     output = torch.empty((tokens, heads, value_size), dtype=torch.float32, device=q.device)
     activations = Activations(output.flatten(1))
-    pairs, interleaved, arriving = 0, False, None
+    pairs, interleaved, arriving = 0, False, (None, None)
     if fresh is not None:
         k, v, cos, sin, slots, interleaved = fresh
         pairs = cos.shape[1]
@@ -361,7 +362,7 @@ def attention(
         limbs = activations.new_limbs(wanted_limbs) if wanted_limbs else None
         attention_kernel[(tiles * splits, kv_heads, sequences)](
             q,
-            arriving,
+            *arriving,
             key_cache,
             value_cache,
             key_scales,

@@ -59,35 +59,37 @@ def _float_products(planes, x, row, group, token, columns, FORMAT: tl.constexpr)
 
 
 @triton.jit
-def _tile_of_product(
+def product_of_tile(
     tile,
     planes,
     x,
     limbs,
-    y,
     scale,
     bias,
     experts,
     rows,
     columns,
     tokens,
-    FORMAT: tl.constexpr,
+    FORMATS: tl.constexpr,
+    INDEX: tl.constexpr,
     LIMBS: tl.constexpr,
     SHARING: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
 ):
-    """What a program of `gemv_kernel` computes: rows tile * BLOCK_ROWS and following of one weight."""
+    """x times rows tile * BLOCK_ROWS and following of one weight, as in `gemv_kernel` -> (TOKENS, BLOCK_ROWS).
+
+    The weight's format is FORMATS[INDEX]. Beyond the last token and row there is anything.
+    """
+    FORMAT: tl.constexpr = FORMATS[INDEX]
     groups = tl.cdiv(columns, FORMAT.group_size)
-    index = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    row = tl.minimum(index, rows - 1).to(tl.int64)
+    row = tl.minimum(tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS), rows - 1).to(tl.int64)
     token = tl.minimum(tl.arange(0, TOKENS), tokens - 1)
     if SHARING:
         pair = tl.program_id(1)
         row += tl.load(experts + pair).to(tl.int64) * rows
         token += pair // SHARING
-        y += pair.to(tl.int64) * rows
     accumulator = tl.zeros((TOKENS, BLOCK_ROWS, BLOCK_GROUPS), tl.float32)
     for start in range(0, groups, BLOCK_GROUPS):
         group = start + tl.arange(0, BLOCK_GROUPS)
@@ -100,9 +102,15 @@ def _tile_of_product(
     product = tl.sum(accumulator, axis=2) * scale
     if bias is not None:
         product += tl.load(bias + row)[None, :]
-    token = tl.arange(0, TOKENS)[:, None]
-    target = y + token.to(tl.int64) * rows + index[None, :]
-    tl.store(target, product, mask=(token < tokens) & (index < rows)[None, :])
+    return product
+
+
+@triton.jit
+def store_tile(product, tile, y, rows, tokens):
+    """Stores what is inside of `product_of_tile`'s result to y (tokens, rows)."""
+    index = tile * product.shape[1] + tl.arange(0, product.shape[1])[None, :]
+    token = tl.arange(0, product.shape[0])[:, None]
+    tl.store(y + token.to(tl.int64) * rows + index, product, mask=(token < tokens) & (index < rows))
 
 
 @triton.jit
@@ -137,14 +145,18 @@ def gemv_kernel(
     for i in tl.static_range(len(FORMATS)):
         tiles = tl.cdiv(rows[i], BLOCK_ROWS[i])
         if len(FORMATS) == 1 or ((tile >= 0) & (tile < tiles)):
-            _tile_of_product(
-                tile, planes[i], x, limbs, y[i], scales[i], biases[i], experts, rows[i], columns, tokens,
-                FORMATS[i], LIMBS, SHARING, TOKENS, BLOCK_ROWS[i], BLOCK_GROUPS[i],
+            product = product_of_tile(
+                tile, planes[i], x, limbs, scales[i], biases[i], experts, rows[i], columns, tokens,
+                FORMATS, i, LIMBS, SHARING, TOKENS, BLOCK_ROWS[i], BLOCK_GROUPS[i],
             )  # fmt: skip
+            target = y[i]
+            if SHARING:
+                target += tl.program_id(1).to(tl.int64) * rows[i]
+            store_tile(product, tile, target, rows[i], tokens)
         tile -= tiles
 
 
-class _Formats(tuple[Format, ...]):
+class Formats(tuple[Format, ...]):
     """Formats as one constexpr argument, which Triton's cache knows by all that a kernel reads of them."""
 
     @property
@@ -175,7 +187,7 @@ def gemv(
         together.setdefault(tile.warps, []).append((weight, bias, y, tile))
     for warps, parts in together.items():
         members, their_biases, targets, tiles = zip(*parts, strict=True)
-        formats = _Formats(FORMATS[weight.format] for weight in members)
+        formats = Formats(FORMATS[weight.format] for weight in members)
         rows = tuple(weight.out_features for weight in members)
         programs = sum(triton.cdiv(count, tile.rows) for count, tile in zip(rows, tiles, strict=True))
         gemv_kernel[(programs, products)](

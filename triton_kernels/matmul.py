@@ -37,7 +37,7 @@ def matmul(
     if activations.x.ndim != 2:
         raise ValueError(f"activations must be (T, K), not of shape {tuple(activations.x.shape)}")
     for weight in weights:
-        _check(activations.x, weight, 2)
+        check(activations.x, weight, 2)
     return _products(activations, weights, precision, biases or [None] * len(weights))
 
 
@@ -55,7 +55,7 @@ def expert_matmul(
     """
     activations = Activations.of(x)
     for weight in weights:
-        _check(activations.x, weight, 3)
+        check(activations.x, weight, 3)
     shape = activations.x.shape
     if shape[:-1] not in (experts.shape[:1], experts.shape):
         raise ValueError(f"activations of shape {tuple(shape)} do not fit experts of shape {tuple(experts.shape)}")
@@ -65,13 +65,19 @@ def expert_matmul(
     ]
 
 
-def _check(x: torch.Tensor, weight: Weight, dimensions: int) -> None:
+def check(x: torch.Tensor, weight: Weight, dimensions: int) -> None:
+    """Raises ValueError where x (..., K) cannot meet a weight of so many dimensions."""
     if x.dtype != torch.float32 or not x.is_contiguous():
         raise ValueError(f"activations must be contiguous float32, not {x.dtype} of shape {tuple(x.shape)}")
     if len(weight.shape) != dimensions or weight.in_features != x.shape[-1]:
         raise ValueError(f"activations of shape {tuple(x.shape)} do not fit a weight of shape {weight.shape}")
     if weight.format not in FORMATS:
         raise ValueError(f"no kernel multiplies by weights in {weight.format.name}")
+
+
+def streams(weight: Weight, precision: str) -> bool:
+    """Whether few rows of x are multiplied by this weight without tensor cores."""
+    return precision != "exact" or not FORMATS[weight.format].integer
 
 
 def _products(
@@ -85,7 +91,7 @@ def _products(
     if results == 0:
         return [activations.x.new_empty((0, weight.out_features)) for weight in weights]
     exact = precision == "exact"
-    streamed = [few and not (exact and FORMATS[weight.format].integer) for weight in weights]
+    streamed = [few and streams(weight, precision) for weight in weights]
     members, their_biases = (list(compress(each, streamed)) for each in (weights, biases))
     few_rows = gemv(activations, members, their_biases, LIMBS.get(precision, 0), pairs)
     return [

@@ -33,6 +33,7 @@ def turned(rows, cos, sin, columns, mask, PAIRS: tl.constexpr, INTERLEAVED: tl.c
 @triton.jit
 def store_fresh(
     fresh,
+    v,
     token,
     heads,
     kv_heads,
@@ -48,9 +49,9 @@ def store_fresh(
 ):
     """Writes a token's turned keys, and its values, if any, into the caches: of heads (R, 1), where there are such.
 
-    `fresh` is what `fresh_arguments` makes of them.
+    `fresh` and v are what `fresh_arguments` makes of them.
     """
-    k, v, cos, sin, slots, key_strides, value_strides = fresh
+    k, cos, sin, slots, key_strides, value_strides = fresh
     present = heads < kv_heads
     slot = tl.load(slots + token)
     position = (slot // PAGE * kv_heads + heads) * PAGE + slot % PAGE
@@ -76,6 +77,7 @@ def store_fresh(
 def rotary_and_cache_kernel(
     q,
     fresh,
+    v,
     key_cache,
     value_cache,
     key_scales,
@@ -102,8 +104,8 @@ def rotary_and_cache_kernel(
         pairs = tl.arange(0, BLOCK_PAIRS)[None, :]
         left = 2 * pairs if INTERLEAVED else pairs
         right = left + 1 if INTERLEAVED else left + PAIRS
-        c = tl.load(fresh[2] + token * PAIRS + pairs, mask=pairs < PAIRS, other=0.0)
-        s = tl.load(fresh[3] + token * PAIRS + pairs, mask=pairs < PAIRS, other=0.0)
+        c = tl.load(fresh[1] + token * PAIRS + pairs, mask=pairs < PAIRS, other=0.0)
+        s = tl.load(fresh[2] + token * PAIRS + pairs, mask=pairs < PAIRS, other=0.0)
         heads = tile * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
         mask = (heads < query_heads) & (pairs < PAIRS)
         row = q + token * q_token_stride + heads * q_head_stride
@@ -114,16 +116,19 @@ def rotary_and_cache_kernel(
     else:
         heads = (tile - query_tiles) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
         store_fresh(
-            fresh, token, heads, kv_heads, key_cache, value_cache, key_scales, value_scales,
+            fresh, v, token, heads, kv_heads, key_cache, value_cache, key_scales, value_scales,
             HEAD_SIZE, VALUE_SIZE, PAGE, PAIRS, INTERLEAVED,
         )  # fmt: skip
 
 
 def fresh_arguments(
     k: torch.Tensor, v: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, slots: torch.Tensor
-) -> tuple[object, ...]:
-    """New keys (T, G, D) and values (T, G, Dv), their angles (T, R/2) and slots (T,), as kernels take them."""
-    return k, v, cos, sin, slots, k.stride()[:2], (0, 0) if v is None else v.stride()[:2]
+) -> tuple[tuple[object, ...], torch.Tensor | None]:
+    """New keys (T, G, D) and values (T, G, Dv), their angles (T, R/2) and slots (T,), as kernels take them.
+
+    The values stand apart, for they may be None, which Triton 3.6 does not take within a tuple.
+    """
+    return (k, cos, sin, slots, k.stride()[:2], (0, 0) if v is None else v.stride()[:2]), v
 
 
 def rotary_and_cache(
@@ -155,7 +160,7 @@ def rotary_and_cache(
     grid = (tokens, triton.cdiv(query_heads, BLOCK_HEADS) + triton.cdiv(kv_heads, BLOCK_HEADS))
     rotary_and_cache_kernel[grid](
         q,
-        fresh_arguments(k, v, cos, sin, slots),
+        *fresh_arguments(k, v, cos, sin, slots),
         key_cache,
         value_cache,
         key_scales,

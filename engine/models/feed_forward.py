@@ -42,17 +42,21 @@ class FeedForward:
 
     def forward(self, x: torch.Tensor | Prepared, step: Step) -> torch.Tensor:
         """x (T, hidden) -> (T, hidden)."""
-        products = project(x, self.inputs, step.precision)
-        last = self.factors is None and not self.sub_norm
-        y = activated(
-            self.operations, products, self.gated_width, self.activation, prepare=step.precision if last else None
-        )
+        y = self._activated(x, step.precision)
         if self.factors is not None:
-            y *= self.factors
+            y = floats(y).mul_(self.factors)
         if self.sub_norm:
-            y = self.sub_norm(y, prepare=step.precision)
+            y = self.sub_norm(floats(y), prepare=step.precision)
         (y,) = project(y, [self.output], step.precision)
         return y if self.share is None else y.mul_((floats(x) @ self.share).sigmoid_()[:, None])
+
+    def _activated(self, x: torch.Tensor | Prepared, precision: Precision) -> torch.Tensor | Prepared:
+        """What the last matrix reads (T, width), in one pass where nothing comes between products and activation."""
+        if self.gated_width or any(linear.adapters for linear in self.inputs):
+            products = project(x, self.inputs, precision)
+            return activated(self.operations, products, self.gated_width, self.activation, prepare=precision)
+        weights, biases = [linear.weight for linear in self.inputs], [linear.bias for linear in self.inputs]
+        return self.operations.activated_matmul(x, weights, precision, self.activation, biases)
 
 
 def _sides(source: TensorSource, gate: str, fused: bool, activation: Activation) -> tuple[str, ...]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
+from golden_weights import golden_blocks, packed
 from support import eight_bits, relative_error
 
 from trichord.dispatch import Operations, operations
+from trichord.weight_format import WeightFormat
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,29 @@ def test_activation_of_each_experts_slice(backend):
     gate, up = np.split(product.astype(np.float64), 2, axis=2)
     assert y.is_contiguous()
     np.testing.assert_allclose(y.cpu(), ACTIVATIONS["silu"](gate) * up, rtol=2e-6, atol=1e-30)
+
+
+@both
+@overflows
+@activations
+@pytest.mark.parametrize("formats", ["Q4_K Q6_K", "Q8_0 Q8_0", "Q5_K"])
+@pytest.mark.parametrize("tokens, precision", [(1, "default"), (5, "default"), (3, "exact"), (11, "default")])
+def test_activation_of_products(backend, activation, formats, tokens, precision):
+    x, biases = normal(tokens, 512), [normal(96, seed=1), None]
+    weights, products = [], []
+    for name, bias in zip(formats.split(), biases, strict=False):
+        blocks, values = golden_blocks(WeightFormat[name], 96, 512)
+        weight = packed(backend.operations, blocks, WeightFormat[name], values.shape)
+        weights.append(replace(weight, data=weight.data.to(backend.device), scale=0.05))
+        products.append(0.05 * (x.astype(np.float64) @ values.T.astype(np.float64)) + (0.0 if bias is None else bias))
+    given = [None if bias is None else on(backend, bias) for bias in biases[: len(weights)]]
+    y = backend.operations.activated_matmul(on(backend, x), weights, precision, activation, given)
+    gate, *up = products
+    if up and activation == "swiglu_oai":
+        up = [np.clip(up[0], -7, 7) + 1]
+    expected = ACTIVATIONS[activation](gate) * (up[0] if up else 1.0)
+    y = y if isinstance(y, torch.Tensor) else y.x
+    assert relative_error(y.cpu(), expected) < (4e-6 if precision == "exact" else 1e-3)
 
 
 @both

@@ -41,6 +41,7 @@ def launches(target: str) -> dict[str, Callable[[], object]]:
         "attention": lambda: triton_kernels.attention(q, *paged, fresh=fresh, prepare=True),
         "latent attention": lambda: triton_kernels.attention(wide, *latents),
         "rotary": lambda: triton_kernels.rotary_and_cache(q, k, k, angles, angles, *paged[:2], slots, False),
+        "gated product": lambda: triton_kernels.activated_matmul(x, [weights[0], weights[0]], "default", "silu"),
         "activation": lambda: triton_kernels.activate(x, x, "silu", prepare="default"),
     }
     own = launch.launches()

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from trichord import LLM, triton_kernels
 from trichord.triton_kernels.activations import Activations
+from trichord.triton_kernels.arrival import counters
 from trichord.triton_kernels.formats import FORMATS
 from trichord.triton_kernels.gemv import gemv_kernel
 from trichord.weight_format import WeightFormat
@@ -118,9 +119,9 @@ def test_what_a_decoder_layer_launches_for_one_token(tmp_path, monkeypatch):
         counted.append(launches.counts)
     assert counted[1] - counted[0] == {
         "norm_kernel": 2,
-        "gemv_kernel": 4,  # queries, keys and values; the attention's output; gate and up; down
+        "gemv_kernel": 3,  # queries, keys and values; the attention's output; down
         "attention_kernel": 1,  # turns queries and keys, writes the cache, and combines the splits of the context
-        "activation_kernel": 1,
+        "gated_gemv_kernel": 1,  # gate and up, and the activation
     }
 
 
@@ -158,6 +159,36 @@ def test_attention_prepares_what_a_product_would_make_of_it(size):
     assert bool(prepared._limbs) == (size % 32 == 0)
     for part, expected in zip(prepared.limbs(2), Activations(prepared.x).limbs(2), strict=True):
         torch.testing.assert_close(part, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("formats", [("Q4_K", "Q4_K"), ("Q4_K", "Q6_K"), ("F16", "Q8_0"), ("Q5_K",)], ids="-".join)
+@pytest.mark.parametrize(("precision", "count"), [("default", 2), ("fast", 1), ("exact", 0)])
+@pytest.mark.parametrize(("tokens", "rows"), [(1, 96), (3, 160), (8, 32), (2, 37), (9, 64)])
+def test_products_go_through_the_activation_and_are_rounded_in_the_same_launch(
+    formats, precision, count, tokens, rows, monkeypatch
+):
+    weights = [
+        replace(packed(triton_kernels, *parts), scale=0.25)
+        for parts in ((golden_blocks(f, rows, 256)[0], f, (rows, 256)) for f in map(WeightFormat.__getitem__, formats))
+    ]
+    x, biases = torch.from_numpy(normal(tokens, 256)), [torch.from_numpy(normal(rows)), None][: len(formats)]
+    launches = Launches(monkeypatch)
+    for activation in "silu", "swiglu_oai":
+        with launches:
+            prepared = triton_kernels.activated_matmul(x, weights, precision, activation, biases)
+        gate, *up = triton_kernels.matmul(x, weights, precision, biases)
+        apart = triton_kernels.activate(gate, up[0] if up else None, activation)
+        torch.testing.assert_close(prepared.x, apart, rtol=1e-5, atol=1e-5)
+        if rows % 32 == 0 and tokens <= 8 and count:
+            for part, expected in zip(limbs_of(prepared, count), Activations(prepared.x).limbs(count), strict=True):
+                torch.testing.assert_close(part, expected, rtol=0, atol=0)
+    streamed = tokens <= 8 and (precision != "exact" or formats == ("F16",))
+    assert ("gated_gemv_kernel" in launches.counts) == streamed
+    assert ("activation_kernel" in launches.counts) != streamed
+
+
+def test_counters_are_zero_again():
+    assert not counters(torch.device("cpu")).any()
 
 
 @pytest.mark.parametrize(("tokens", "width", "precision"), [(9, 64, "default"), (1, 48, "default"), (1, 64, "exact")])
