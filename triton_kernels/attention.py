@@ -328,12 +328,12 @@ def attention(
     latent = not exact and value_size == block_head and value_stride == head_size and offset in (0, end)
     output = torch.empty((tokens, heads, value_size), dtype=torch.float32, device=q.device)
     activations = Activations(output.flatten(1))
-    pairs, interleaved, arriving = 0, False, (None, None)
+    arriving, pairs, interleaving = (None, None), 0, False
     if fresh is not None:
         k, v, cos, sin, slots, interleaved = fresh
-        pairs = cos.shape[1]
         if max_query == 1 and not exact:
             arriving = fresh_arguments(k, v, cos, sin, slots)
+            pairs, interleaving = cos.shape[1], interleaved
         else:
             caches = key_cache, None if v is None else value_cache
             scales = {"key_scales": key_scales, "value_scales": value_scales}
@@ -352,7 +352,7 @@ def attention(
             wanted = triton.cdiv(_wanted_programs(q.device), tiles * kv_heads * sequences)
             splits = min(wanted, steps, MAX_SPLITS)
         rows = min(triton.next_power_of_2(group), tile["BLOCK_ROWS"])
-        combined = splits > 1 and rows * block_value <= MAX_COMBINED
+        combining = splits > 1 and rows * block_value <= MAX_COMBINED
         partial = log_sums = None
         if splits > 1:
             partial = torch.empty((sequences, heads, splits, value_size), dtype=torch.float32, device=q.device)
@@ -376,7 +376,7 @@ def attention(
             limbs,
             partial,
             log_sums,
-            counters(q.device) if combined else None,
+            counters(q.device) if combining else None,
             kv_heads,
             max_pages,
             splits,
@@ -400,15 +400,15 @@ def attention(
             CAPPED=soft_cap != 0.0,
             SINGLE=single,
             PAIRS=pairs,
-            INTERLEAVED=interleaved,
+            INTERLEAVED=interleaving,
             LIMBS=wanted_limbs,
-            COMBINED_ROWS=rows if combined else 0,
-            COMBINED_SPLITS=min(MAX_SPLITS, BLOCK_COMBINED // (rows * block_value)) if combined else 0,
+            COMBINED_ROWS=rows if combining else 0,
+            COMBINED_SPLITS=min(MAX_SPLITS, BLOCK_COMBINED // (rows * block_value)) if combining else 0,
             enable_fp_fusion=True,
             **tile,
             **dependent_launch(),
         )
-        if splits > 1 and not combined:
+        if splits > 1 and not combining:
             combine_kernel[(heads, sequences)](
                 partial,
                 log_sums,
