@@ -24,7 +24,7 @@ from trichord.cpu_fallback.attention_pages import GROUP, load_keys, load_values
 from trichord.cpu_fallback.attention_scores import cap, soften, tilt
 from trichord.cpu_fallback.jit import compiled, threads
 from trichord.cpu_fallback.jobs import FIELDS, Job, kernel_address, run
-from trichord.cpu_fallback.native import emitter_for, exp, fetch, floats, integers, pointer
+from trichord.cpu_fallback.native import emitter_for, exp, floats, integers, pointer
 from trichord.cpu_fallback.vectors import F32, I8, I64, Vector
 
 TILE = 32
@@ -146,12 +146,11 @@ def _attend_tile(problem, task, state):  # type: ignore[no-untyped-def]
         place = (np.int64(table[index]) * problem.kv_heads + kv_head) * page
         least, most = max(0, lowest - start), min(page, highest - start)  # keys of this page that the tile sees
         skipped = least // COLUMNS * COLUMNS
-        stride = problem.value_stride
-        value_address = problem.value_cache + (place + least) * stride * itemsize
-        fetch(value_address, (most - least) * stride * itemsize)
+        ahead = (np.int64(table[min(index + 1, last_page - 1)]) * problem.kv_heads + kv_head) * page
         key_address = problem.key_cache + (place + skipped) * size * itemsize
         scale_address = problem.key_scales + (place + skipped) * key_scales * 2
-        load_keys(keys[:, skipped:], key_address, scale_address, itemsize, most - skipped)
+        next_keys = problem.key_cache + ahead * size * itemsize
+        load_keys(keys[:, skipped:], key_address, scale_address, itemsize, most - skipped, next_keys)
         scores.fill(0.0)
         _product(scores[:, skipped:], queries, keys[:, skipped:], rows, most - skipped, size)
         for row in range(rows):
@@ -174,11 +173,11 @@ def _attend_tile(problem, task, state):  # type: ignore[no-untyped-def]
                     state[row, column] *= decay
                 state[row, maximum] = largest
             state[row, total] += added
-        if index + 1 < last_page:
-            following = (np.int64(table[index + 1]) * problem.kv_heads + kv_head) * page
-            fetch(problem.key_cache + following * size * itemsize, page * size * itemsize)
+        stride = problem.value_stride
+        value_address = problem.value_cache + (place + least) * stride * itemsize
         scale_address = problem.value_scales + (place + least) * value_scales * 2
-        load_values(values, value_address, scale_address, itemsize, value_size, stride, most - least)
+        next_values = problem.value_cache + ahead * stride * itemsize
+        load_values(values, value_address, scale_address, itemsize, value_size, stride, most - least, next_values)
         _product(state, scores[:, least:], values, rows, value_size, most - least)
 
 

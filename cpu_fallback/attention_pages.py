@@ -8,7 +8,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from trichord.cpu_fallback.jit import compiled
-from trichord.cpu_fallback.native import emitter_for, floats, from_half, halves, signed_bytes
+from trichord.cpu_fallback.native import emitter_for, fetch, floats, from_half, halves, signed_bytes
 from trichord.cpu_fallback.vectors import F32, I8, I16, I64, Vector
 
 GROUP = 32
@@ -78,15 +78,18 @@ def _scale_bytes(typing_context, target, source, scale):  # type: ignore[no-unty
 
 
 @compiled
-def load_keys(target, address, scales, itemsize, count):  # type: ignore[no-untyped-def]
+def load_keys(target, address, scales, itemsize, count, ahead):  # type: ignore[no-untyped-def]
     """The first `count` keys of a page, transposed, to target (size, page); a few further ones may come along.
 
-    Numbers of one byte come with the address of the first key's scales.
+    Numbers of one byte come with the address of the first key's scales. Meanwhile as much is fetched from `ahead` on, a
+    little with each block: the CPU cannot wait for a whole page at once.
     """
     size = len(target)
     row_scales = (size + GROUP - 1) // GROUP * 2
     for column in range(0, size - 7, 8):
         for row in range(0, count, 8):
+            fetch(ahead, 64 * itemsize)
+            ahead += 64 * itemsize
             place = target.ctypes.data + column * target.strides[0] + row * 4
             source = address + (row * size + column) * itemsize
             if itemsize == 1:
@@ -109,9 +112,10 @@ def load_keys(target, address, scales, itemsize, count):  # type: ignore[no-unty
 
 
 @compiled
-def load_values(target, address, scales, itemsize, size, stride, count):  # type: ignore[no-untyped-def]
-    """The first `count` values (size), `stride` numbers apart, to target (count, at least size); scales as for keys."""
+def load_values(target, address, scales, itemsize, size, stride, count, ahead):  # type: ignore[no-untyped-def]
+    """The first `count` values (size), `stride` numbers apart, to target (count, size or more); see `load_keys`."""
     for row in range(count):
+        fetch(ahead + row * stride * itemsize, size * itemsize)
         if itemsize == 1:
             _load_bytes(target[row], address + row * stride, scales + row * ((size + GROUP - 1) // GROUP) * 2, size)
         elif itemsize == 2:
