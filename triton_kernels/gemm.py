@@ -66,14 +66,16 @@ def gemm_kernel(
         token = result
     x += (tl.minimum(token, tokens - 1).to(tl.int64) * stride)[None, :]
     column = tl.arange(0, BLOCK_COLUMNS)
+    # Were there a way around the loop, the tensor cores would wait for each instruction of theirs before the next.
+    tl.assume(columns > 0)
     accumulator = tl.zeros((BLOCK_ROWS, BLOCK_TOKENS), tl.float32)
     for start in range(0, columns, BLOCK_COLUMNS):
         group = start // SIZE + tl.arange(0, BLOCK_COLUMNS // SIZE)
         if WHOLE:
-            weights = decode_tile(planes, row, group, columns, FORMAT)
+            weights = decode_tile(planes, row, group, columns, FORMAT, not EXACT)
             values = tl.load(x + (start + column)[:, None])
         else:
-            weights = decode_tile(planes, row, tl.minimum(group, groups - 1), columns, FORMAT)
+            weights = decode_tile(planes, row, tl.minimum(group, groups - 1), columns, FORMAT, not EXACT)
             weights = tl.where((group < groups)[None, :, None], weights, 0.0)
             values = tl.load(x + (start + column)[:, None], mask=(start + column < stride)[:, None], other=0.0)
         weights = tl.reshape(weights, (BLOCK_ROWS, BLOCK_COLUMNS))
@@ -82,7 +84,7 @@ def gemm_kernel(
             # Not `+=`, which Triton folds into the dot: one running sum over all columns would round more.
             accumulator = tl.fma(product, 1.0, accumulator)
         else:
-            accumulator = half_dot(fragment_order(weights.to(tl.float16)), values, accumulator)
+            accumulator = half_dot(fragment_order(weights), values, accumulator)
     if not EXACT:
         accumulator *= tl.load(scales + token, mask=valid, other=0.0)[None, :]
     accumulator *= scale

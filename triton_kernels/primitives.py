@@ -54,6 +54,75 @@ def dot4(a, b, accumulator):
 
 
 @triton.jit
+def unpack_halves(words):
+    """int32 (...) -> float16 (..., 2): the two in each word, the lower first."""
+    return tl.join(words.to(tl.int16), (words >> 16).to(tl.int16)).to(tl.float16, bitcast=True)
+
+
+_PACK_PTX = tl.constexpr(
+    "{ .reg .b16 low, high; cvt.rn.f16.f32 low, $1; cvt.rn.f16.f32 high, $2; mov.b32 $0, {low, high}; }"
+)
+
+
+@triton.jit
+def pack_halves(low, high):
+    """Two float32 tensors -> words of two float16, rounded to nearest."""
+    if _architecture() == "cuda":
+        # Said to be impure, or Triton has every thread that needs a word make it anew instead of exchanging words.
+        return tl.inline_asm_elementwise(_PACK_PTX, "=r,f,f", [low, high], dtype=tl.int32, is_pure=False, pack=1)
+    else:
+        low_bits = low.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+        high_bits = high.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+        return (low_bits & 0xFFFF) | (high_bits << 16)
+
+
+@triton.jit
+def _half_fma(a, b, c):
+    """a * b + c of float16, rounded once; b and c broadcast to a."""
+    if _architecture() == "":  # NumPy would round the product, but float32 holds it
+        return (a.to(tl.float32) * b.to(tl.float32) + c.to(tl.float32)).to(tl.float16)
+    else:
+        return tl.fma(a, tl.broadcast_to(b, a.shape), tl.broadcast_to(c, a.shape))
+
+
+# Neither taking a half twice nor a negation costs an instruction.
+_SCALED_PTX = tl.constexpr("{ .reg .b32 code; sub.rn.f16x2 code, $1, $2; mul.rn.f16x2 $0, code, $3; }")
+_SCALED_LESS_MINIMUM_PTX = tl.constexpr(
+    """{
+        .reg .b32 code, scale, minus; .reg .b16 low, high;
+        sub.rn.f16x2 code, $1, $2;
+        mov.b32 {low, high}, $3; mov.b32 scale, {low, low}; mov.b32 minus, {high, high}; neg.f16x2 minus, minus;
+        fma.rn.f16x2 $0, code, scale, minus;
+    }"""
+)
+
+
+@triton.jit
+def scaled_halves(words, zero, factors, HAS_MINIMUM: tl.constexpr):
+    """(half - zero) * scale - minimum of both float16 in each word, rounded once -> float16 (..., 2).
+
+    All are words of two float16 and broadcast to each other: `factors` are scale and minimum or, without a minimum,
+    twice the scale. half - zero must be a float16.
+    """
+    if _architecture() == "cuda":
+        words = tl.inline_asm_elementwise(
+            _SCALED_LESS_MINIMUM_PTX if HAS_MINIMUM else _SCALED_PTX,
+            "=r,r,r,r",
+            [words, zero, factors],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+        return unpack_halves(words)
+    else:
+        codes = unpack_halves(words) - unpack_halves(zero)
+        scale, minimum = tl.split(unpack_halves(factors))
+        if HAS_MINIMUM:
+            return _half_fma(codes, tl.expand_dims(scale, -1), tl.expand_dims(-minimum, -1))
+        return codes * tl.expand_dims(scale, -1)
+
+
+@triton.jit
 def in_register(CONSTANT: tl.constexpr, index):
     """The constant in the shape of `index`, int32 and never negative, which the compiler does not know.
 

@@ -32,7 +32,7 @@ def rows_kernel(
         row = tl.load(ids + row)
     start = tl.program_id(1) * BLOCK_COLUMNS
     group = tl.minimum(start // SIZE + tl.arange(0, BLOCK_COLUMNS // SIZE), tl.cdiv(columns, SIZE) - 1)
-    weights = decode_tile(planes, row, group, columns, FORMAT)
+    weights = decode_tile(planes, row, group, columns, FORMAT, False)
     column = start + tl.arange(0, BLOCK_COLUMNS)[None, :]
     mask = (index < count)[:, None] & (column < columns)
     tl.store(output + (index * columns)[:, None] + column, tl.reshape(weights, (BLOCK_ROWS, BLOCK_COLUMNS)), mask=mask)

@@ -5,34 +5,52 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from trichord.triton_kernels.primitives import in_register, pack_halves, scaled_halves, unpack_halves
+
 
 @triton.jit
-def _code_floats(words, zero):
-    """(R, G, 2, 4) words of signed bytes -> (R, G, 2, 4, 2, 2) float16 byte - zero: byte index = 2 * last + other.
+def _as_mantissas(words, bits):
+    """(R, G, 2, 4) words of signed bytes -> (R, G, 2, 4, 2) words of two float16; half d of word c is byte 2d + c.
 
-    Integer-to-float conversions run at a quarter of the rate of logic. So the byte goes into the mantissa of 1024:
-    with its sign bit flipped it is byte + 128, and as float16 bits 0x6400 | n is 1024 + n, exactly. Two bytes of a
-    word become two float16 at a time.
+    Integer-to-float conversions run at a quarter of the rate of logic. So a byte goes into a mantissa: with its sign
+    bit flipped it is byte + 128, and as float16 bits 0x6400 | n is 1024 + n, exactly. `bits` are 0x6480, or those of a
+    smaller exponent, twice.
     """
-    pairs = tl.join((words & 0x00FF00FF) ^ 0x64806480, ((words >> 8) & 0x00FF00FF) ^ 0x64806480)
-    halves = tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16))
-    return halves.to(tl.float16, bitcast=True) - (1024.0 + 128.0 + zero)
+    return tl.join((words & 0x00FF00FF) ^ bits, ((words >> 8) & 0x00FF00FF) ^ bits)
 
 
 @triton.jit
-def decode_tile(planes, row, group, columns, FORMAT: tl.constexpr):
-    """Weights of rows (R,) int64 and groups (G,) int32 -> (R, G, group_size) float32."""
-    if FORMAT.integer:
-        SHAPE: tl.constexpr = (row.shape[0], group.shape[0], 32 // FORMAT.scale_group, FORMAT.scale_group)
-        low, high, scale, minimum = FORMAT.decode(planes, row, group, columns)
-        codes = _code_floats(tl.permute(tl.join(low, high), (0, 1, 3, 2)), FORMAT.zero)
-        codes = tl.permute(codes, (0, 1, 2, 3, 5, 4))
-        weights = tl.reshape(codes.to(tl.float32), SHAPE) * scale[:, :, :, None]
-        if FORMAT.has_minimum:
-            weights -= minimum[:, :, :, None]
-        return tl.reshape(weights, (row.shape[0], group.shape[0], 32))
+def decode_tile(planes, row, group, columns, FORMAT: tl.constexpr, HALF: tl.constexpr):
+    """Weights of rows (R,) int64 and groups (G,) int32 -> (R, G, group_size) float32, or float16 with HALF.
+
+    In float16 an instruction works on two weights: the scale is rounded to float16, then the weight, once. What is
+    beyond the range becomes infinite: weights from 65520 on, and groups whose scale is above 8188.
+    """
+    if not FORMAT.integer:
+        return FORMAT.decode(planes, row, group, columns).to(tl.float16 if HALF else tl.float32)
+    # In float16 the codes are eighths, and the scale is that of a whole eight. So the scales of all formats that keep
+    # them in half precision are multiples of the smallest float16: they lose their last bits, but are never lost.
+    SHIFT: tl.constexpr = 3 if HALF else 0
+    BIAS: tl.constexpr = 0x6480 - (SHIFT << 10)
+    # Counted from the middle, codes leave a minimum so small that rounding it does no harm.
+    MIDDLE: tl.constexpr = 1 << (FORMAT.code_bits - 1) if HALF and FORMAT.has_minimum else 0
+    HALVES: tl.constexpr = (row.shape[0], group.shape[0], 2, 4, 2, 2)
+    SCALED: tl.constexpr = (row.shape[0], group.shape[0], 32 // FORMAT.scale_group, FORMAT.scale_group // 2)
+    low, high, scale, minimum = FORMAT.decode(planes, row, group, columns)
+    bits = in_register(BIAS * 0x10001, row.to(tl.int32)[:, None, None, None])
+    codes = tl.reshape(_as_mantissas(tl.permute(tl.join(low, high), (0, 1, 3, 2)), bits), SCALED)
+    zero = tl.full((1, 1, 1, 1), (BIAS + FORMAT.zero + MIDDLE) * 0x10001, tl.int32)
+    if HALF:
+        of_eight = scale * 8.0
+        factors = pack_halves(of_eight, minimum - scale * MIDDLE if FORMAT.has_minimum else of_eight)
+        weights = scaled_halves(codes, zero, factors[:, :, :, None], FORMAT.has_minimum)
     else:
-        return FORMAT.decode(planes, row, group, columns)
+        codes = (unpack_halves(codes) - unpack_halves(zero)).to(tl.float32)
+        weights = codes * scale[:, :, :, None, None]
+        if FORMAT.has_minimum:
+            weights -= minimum[:, :, :, None, None]
+    weights = tl.permute(tl.reshape(weights, HALVES), (0, 1, 2, 3, 5, 4))
+    return tl.reshape(weights, (row.shape[0], group.shape[0], 32))
 
 
 @triton.jit

@@ -92,6 +92,43 @@ def test_default_precision_holds_at_any_magnitude(tokens, magnitude):
     assert relative_error(y[1], truth[1]) < 1e-3
 
 
+def q4_k_weight(weights: np.ndarray, d: float, dmin: float, minimum: int) -> tuple[Weight, np.ndarray]:
+    """Codes (N, K) below 16, each group of 32 with scale 63 * d and minimum `minimum` * dmin -> (weight, values)."""
+    heads = np.array([d, dmin], np.float16)
+    nibbles = weights.reshape(len(weights), -1, 4, 2, 32).astype(np.uint8)
+    codes = (nibbles[..., 0, :] | nibbles[..., 1, :] << 4).reshape(*nibbles.shape[:2], 128)
+    fields = np.full((8, 2), 63, np.uint8)
+    fields[:, 1] = minimum
+    scales = np.concatenate(
+        [fields[:4] & 63 | fields[4:] >> 4 << 6, fields[4:, :1] & 15 | (fields[4:, 1:] & 15) << 4], axis=1
+    ).T.reshape(-1)
+    head = np.broadcast_to(np.concatenate([heads.view(np.uint8), scales]), (*codes.shape[:2], 16))
+    blocks = np.concatenate([head, codes], axis=-1).reshape(len(weights), -1)
+    values = weights * (63 * float(heads[0])) - minimum * float(heads[1])
+    return packed(triton_kernels, blocks, WeightFormat.Q4_K, weights.shape), values
+
+
+# The smallest d are the smallest float16, the largest give weights near the largest.
+@pytest.mark.parametrize(
+    ("d", "dmin", "minimum"),
+    [(2**-24, 2**-24, 7), (2**-20, 2**-20, 60), (2**-6, 2**-5, 63), (60.0, 120.0, 63), (64.0, 0.0, 0)],
+)
+def test_scales_at_the_ends_of_the_range(d, dmin, minimum):
+    codes = np.random.default_rng(0).integers(0, 16, (5, 512))
+    weight, values = q4_k_weight(codes, d, dmin, minimum)
+    np.testing.assert_array_equal(triton_kernels.dequantize(weight).numpy(), values.astype(np.float32))
+    x = normal(9, 512)
+    assert relative_error(product(x, weight, "default"), x.astype(np.float64) @ values.T) < 1e-3
+
+
+@pytest.mark.parametrize("scale", [2**-24, 2**-20, 3 * 2**-17, 500.0])
+def test_scales_of_bytes_at_the_ends_of_the_range(scale):
+    codes = np.random.default_rng(0).integers(-128, 128, (5, 512))
+    x = normal(9, 512)
+    y = product(x, q8_0_weight(codes, scale), "default")
+    assert relative_error(y, x.astype(np.float64) @ (np.float16(scale) * codes.T.astype(np.float64))) < 1e-3
+
+
 @pytest.mark.parametrize("precision", ["exact", "default", "fast"])
 @pytest.mark.parametrize("tokens", [3, 9])
 def test_zeros_give_zeros(precision, tokens):

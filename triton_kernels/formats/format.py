@@ -73,6 +73,11 @@ class Format:
         """Whether the weights have more bits than a float16 operand keeps."""
         return not self.integer and self.planes[0].dtype.itemsize > 2
 
+    @property
+    def code_bits(self) -> int:
+        """Bits of a code in the planes, those of words: in a format without a codebook, of the byte that it becomes."""
+        return sum(8 * plane.size // plane.weights for plane in self.planes if plane.dtype == torch.int32)
+
     def groups(self, columns: int) -> int:
         """Groups in a row; the last one of a float format may be padded."""
         return -(-columns // self.group_size)
