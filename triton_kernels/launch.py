@@ -48,13 +48,19 @@ class GemvTile:
 
 @dataclass(frozen=True)
 class GemmTile:
-    """A program computes `rows` x `tokens` elements of the product, `columns` columns of the weight at a time."""
+    """A program computes `rows` x `tokens` elements of the product, `columns` columns of the weight at a time.
+
+    `group` such tiles side by side, of other rows of x, are worked on before the next rows of the weight. With
+    `programs`, that many for each multiprocessor compute all tiles in turn; otherwise there is one for each tile.
+    """
 
     rows: int
     tokens: int
     columns: int
     warps: int
     stages: int
+    group: int = 16
+    programs: int = 0
 
 
 @dataclass(frozen=True)
@@ -195,6 +201,21 @@ def launches() -> Launches:
     if triton.knobs.runtime.interpret:
         return _for_device(None)
     return _for_device(triton.runtime.driver.active.get_current_device())
+
+
+def processors() -> int:
+    """The multiprocessors of the GPU where the kernels run; a number to test with where there is none."""
+    if triton.knobs.runtime.interpret:
+        return 1
+    return _processors(triton.runtime.driver.active.get_current_device())
+
+
+@cache
+def _processors(device: int | str) -> int:
+    import torch
+
+    # Compiling for a GPU elsewhere, the device is a name, and nothing depends on how many programs there would be.
+    return torch.cuda.get_device_properties(device).multi_processor_count if isinstance(device, int) else 1
 
 
 @cache

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +13,7 @@ from golden_weights import golden_blocks, packed
 from support import relative_error
 
 from trichord import triton_kernels
+from trichord.triton_kernels import launch
 from trichord.weight_format import Weight, WeightFormat
 
 
@@ -46,6 +51,53 @@ def test_shapes_that_cross_tile_borders(tokens, weight_format, columns, precisio
     assert y.shape == (tokens, 131)
     bound = few if tokens <= 8 else many
     assert relative_error(y, x.astype(np.float64) @ values.T.astype(np.float64)) < bound
+
+
+@contextmanager
+def launched_as(**changes: object) -> Iterator[None]:
+    """Launches by the interpreter's configuration with other tiles of the GEMM."""
+    base = launch.launches()
+    launch.use(
+        replace(
+            base,
+            **{
+                name: {case: replace(tile, **changes) for case, tile in getattr(base, name).items()}
+                for name in ("gemm", "exact_gemm")
+            },
+        )
+    )
+    try:
+        yield
+    finally:
+        launch.use(None)
+
+
+# Three programs for 1 to 35 tiles, in groups that may not divide them.
+@pytest.mark.parametrize("group", [1, 2, 16])
+@pytest.mark.parametrize(("tokens", "rows"), [(9, 1), (9, 131), (70, 3), (145, 200)])
+@pytest.mark.parametrize(("precision", "bound"), [("exact", 2e-6), ("default", 1e-3)])
+def test_fewer_programs_than_tiles(group, tokens, rows, precision, bound):
+    blocks, values = golden_blocks(WeightFormat.Q4_K, rows, 512)
+    weight, x = packed(triton_kernels, blocks, WeightFormat.Q4_K, values.shape), normal(tokens, 512)
+    with launched_as(rows=32, tokens=32, group=group):
+        one_a_tile = product(x, weight, precision)
+    with launched_as(rows=32, tokens=32, group=group, programs=3):
+        several_a_program = product(x, weight, precision)
+    np.testing.assert_array_equal(several_a_program, one_a_tile)
+    assert relative_error(one_a_tile, x.astype(np.float64) @ values.T.astype(np.float64)) < bound
+
+
+@pytest.mark.parametrize("programs", [0, 3])
+def test_experts_with_fewer_programs_than_tiles(programs):
+    """Experts of no, few and many pairs: empty tiles among full ones."""
+    blocks, values = golden_blocks(WeightFormat.Q6_K, 5 * 40, 256)
+    weight = packed(triton_kernels, blocks, WeightFormat.Q6_K, (5, 40, 256))
+    experts = torch.tensor([[1, 3]] * 50 + [[3, 4]] * 3, dtype=torch.int32)
+    x = normal(53, 256)
+    with launched_as(rows=16, tokens=16, group=2, programs=programs):
+        (y,) = triton_kernels.expert_matmul(torch.from_numpy(x), [weight], experts, "default")
+    truth = np.einsum("tk,tenk->ten", x.astype(np.float64), values.reshape(5, 40, 256)[experts.numpy()])
+    assert relative_error(y.numpy(), truth) < 1e-3
 
 
 @pytest.mark.parametrize("tokens", [1, 9])
