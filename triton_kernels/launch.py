@@ -85,6 +85,8 @@ class Launches:
     weights: RowsTile  # decoded to float32
     halves: RowsTile  # activations rounded to float16
     limb_groups: int  # groups of activations that a program rounds to limbs
+    library_tokens: int | None  # rows of x from which the weight is decoded for the GPU's library; None: never
+    library_bytes: int  # of a weight that are decoded for it at a time
     pdl: bool = False  # whether kernels of a decoding step start up while the ones before them finish: see `dependent`
 
     def __post_init__(self) -> None:

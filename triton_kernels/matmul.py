@@ -14,6 +14,7 @@ from trichord.triton_kernels.formats import FORMATS
 from trichord.triton_kernels.gemm import gemm
 from trichord.triton_kernels.gemv import gemv
 from trichord.triton_kernels.launch import FEW_ROWS
+from trichord.triton_kernels.library import library_product, suits_library
 from trichord.weight_format import Weight
 
 
@@ -30,7 +31,8 @@ def matmul(
 
     "exact" multiplies in float32, and so do weights of 32 bits and more at any precision. Otherwise, up to FEW_ROWS
     rows of x, weights in an integer format meet activations rounded to 16 bits ("default") or 8 bits ("fast") a group
-    of 32, and those in a float format are multiplied in float32; with more rows the operands are float16.
+    of 32, and those in a float format are multiplied in float32; with more rows the operands are float16. With very
+    many, the weight is decoded for the GPU's library, a limited number of its rows at a time.
     Raises ValueError for shapes, dtypes and formats that do not fit.
     """
     activations = Activations.of(x)
@@ -95,6 +97,15 @@ def _products(
     members, their_biases = (list(compress(each, streamed)) for each in (weights, biases))
     few_rows = gemv(activations, members, their_biases, LIMBS.get(precision, 0), pairs)
     return [
-        few_rows.pop(0) if by_gemv else gemm(activations, weight, bias, exact or FORMATS[weight.format].wide, pairs)
+        few_rows.pop(0) if by_gemv else _many_rows(activations, weight, bias, exact, pairs)
         for weight, bias, by_gemv in zip(weights, biases, streamed, strict=True)
     ]
+
+
+def _many_rows(
+    activations: Activations, weight: Weight, bias: torch.Tensor | None, exact: bool, pairs: Pairs | None
+) -> torch.Tensor:
+    # How many rows an expert gets only the device knows: the library would have to wait for it.
+    if pairs is None and not exact and suits_library(activations, weight):
+        return library_product(activations, weight, bias)
+    return gemm(activations, weight, bias, exact or FORMATS[weight.format].wide, pairs)
