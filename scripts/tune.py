@@ -5,7 +5,8 @@
 
 For each kernel, number of rows of activations and class of shape, the candidates are timed with CUDA events, on copies
 of the weight that no cache holds. A format keeps tiles of its own only where they beat the best for all formats by
-more than noise. What has not been timed when the limit is reached keeps its tiles.
+more than noise. Then the fused products race against the GPU's library, for the number of rows from which on that is
+faster. What has not been timed when the limit is reached stays as it was.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ CONFIGS = Path(__file__).resolve().parents[1] / "triton_kernels" / "configs"
 _FORMATS = ("Q4_K", "Q6_K", "Q8_0", "Q5_K", "Q4_0", "IQ4_XS", "Q3_K", "Q2_K", "IQ3_XXS", "IQ2_XXS", "F16")
 _SHAPES = ((1024, 4096), (4096, 4096), (14336, 4096), (4096, 14336))
 """Of a weight, (out_features, in_features): a class of shapes is all weights with as few rows."""
-_GEMV_ROWS, _GEMM_ROWS = (1, 4, 8), (16, 32, 64, 128)
+_GEMV_ROWS, _GEMM_ROWS = (1, 4, 8), (16, 32, 64, 128, 256)
+_LIBRARY_ROWS, _LIBRARY_FORMATS = (64, 256, 512, 1024, 2048, 4096), 2  # the first of the formats that are tuned
+_LIBRARY_SHARE = 0.1  # of the time
 _GAIN = 1.03  # how much faster a tile of a format's or shape's own must be
 
 Times = dict[tuple[str, int, tuple[int, int]], dict[Any, float]]
@@ -79,14 +82,15 @@ def gemv_candidates() -> list[Any]:
 
 
 def gemm_candidates(tokens: int) -> list[Any]:
-    """Tiles for so many rows of activations."""
+    """Tiles for so many rows of activations; for many, also with programs that go on from tile to tile."""
     from trichord.triton_kernels.launch import GemmTile
 
-    return [
-        GemmTile(rows, min(tokens, 128), columns, warps, stages)
+    tiles = [
+        GemmTile(rows, min(tokens, 256), columns, warps, stages)
         for rows, columns, warps, stages in itertools.product((64, 128), (64, 128), (4, 8), (2, 3, 4))
-        if rows * min(tokens, 128) <= 128 * warps * 32
+        if rows * min(tokens, 256) <= 128 * warps * 32
     ]
+    return tiles + [replace(tile, programs=1) for tile in tiles if tokens >= 128 and tile.stages == 3]
 
 
 def tune(
@@ -106,7 +110,8 @@ def tune(
 
     candidates = candidates or (lambda table, rows: gemv_candidates() if table == "gemv" else gemm_candidates(rows))
     base = launch.launches()
-    deadline = time.monotonic() + limit
+    end = time.monotonic() + limit
+    deadline = end - _LIBRARY_SHARE * limit
     tables: dict[str, dict[Any, Any]] = {}
     for table, counts in (("gemv", _GEMV_ROWS), ("gemm", _GEMM_ROWS)):
         times: Times = {}
@@ -122,8 +127,8 @@ def tune(
                     f"{table} {name} {shape[0]} x {shape[1]}, {count} rows: {figure(1e6 * took)} us, {best}", flush=True
                 )
         tables[table] = dict(getattr(base, table)) | choose_tiles(times)
-    gpu = _name(place) or base.gpu
-    return replace(base, gpu=gpu, source="measured", **tables)
+    tuned = replace(base, gpu=_name(place) or base.gpu, source="measured", **tables)
+    return replace(tuned, library_tokens=_library_tokens(place, size, tuned, formats, shapes, end, timer))
 
 
 def _name(place: Any) -> str:
@@ -144,25 +149,72 @@ def _times(
     timer: Callable[[list[Callable[[], object]]], float],
 ) -> dict[Any, float]:
     """Seconds of each tile; those that the GPU cannot launch are left out."""
+    from trichord.triton_kernels.launch import Case
+
+    products, taken = _products(place, size, name, count, shape), {}
+    for tile in tiles:
+        try:
+            taken[tile] = _timed(products, replace(base, **{table: {Case(count): tile}}, library_tokens=None), timer)
+        except Exception as error:  # too much shared memory, too many registers, an unsupported shape
+            print(f"  {tile}: {str(error).splitlines()[0]}", file=sys.stderr)
+    return taken
+
+
+def _products(place: Any, size: Any, name: str, count: int, shape: tuple[int, int]) -> list[Callable[[], object]]:
+    """Products with `count` rows of activations, with so many weights that no cache holds them."""
     import torch
     from gpu_sections import copies, random_weight
 
     from trichord import Weight, WeightFormat
-    from trichord.triton_kernels import launch
 
     weight = random_weight(place, WeightFormat[name], *shape)
     weights = [Weight(data, weight.format, shape, weight.layout) for data in copies(weight.data, size)]
     x = torch.randn(count, shape[1], device=place.device)
-    taken = {}
-    for tile in tiles:
-        launch.use(replace(base, **{table: {launch.Case(count): tile}}))
-        try:
-            taken[tile] = timer([lambda w=w: place.operations.matmul(x, [w], "default") for w in weights])
-        except Exception as error:  # too much shared memory, too many registers, an unsupported shape
-            print(f"  {tile}: {str(error).splitlines()[0]}", file=sys.stderr)
-        finally:
-            launch.use(None)
-    return taken
+    return [lambda w=w: place.operations.matmul(x, [w], "default") for w in weights]
+
+
+def _timed(
+    products: list[Callable[[], object]], configuration: Any, timer: Callable[[list[Callable[[], object]]], float]
+) -> float:
+    """Seconds of a product that is launched as the configuration says."""
+    from trichord.triton_kernels import launch
+
+    launch.use(configuration)
+    try:
+        return timer(products)
+    finally:
+        launch.use(None)
+
+
+def _library_tokens(
+    place: Any,
+    size: Any,
+    tuned: Any,
+    formats: Iterable[str],
+    shapes: Iterable[tuple[int, int]],
+    deadline: float,
+    timer: Callable[[list[Callable[[], object]]], float],
+) -> int | None:
+    """Rows of activations from which on the library is the faster, over the first formats and all shapes."""
+    ratios: dict[int, list[float]] = {}
+    for count, shape, name in itertools.product(_LIBRARY_ROWS, shapes, list(formats)[:_LIBRARY_FORMATS]):
+        if time.monotonic() > deadline:
+            return tuned.library_tokens
+        products = _products(place, size, name, count, shape)
+        fused, library = (_timed(products, replace(tuned, library_tokens=least), timer) for least in (None, count))
+        ratios.setdefault(count, []).append(library / fused)
+        print(f"{name} {shape[0]} x {shape[1]}, {count} rows: the library takes {library / fused:.2f} of the time")
+    return switch_point(ratios)
+
+
+def switch_point(ratios: Mapping[int, list[float]]) -> int | None:
+    """The fewest rows from which on the library's time is always less: the geometric mean of its ratios is below 1."""
+    least = None
+    for count in sorted(ratios, reverse=True):
+        if sum(map(math.log, ratios[count])) >= 0:
+            break
+        least = count
+    return least
 
 
 def choose_tiles(times: Times, gain: float = _GAIN) -> dict[Any, Any]:

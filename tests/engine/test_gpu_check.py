@@ -37,6 +37,8 @@ def test_parity_passes(two_formats):
     findings = list(run_section("parity", QUICK))
     assert [(finding.name, finding.ok) for finding in findings] == [("Q4_K", True), ("F16", True)]
     assert all(0 < finding.values["exact"] < 2e-6 for finding in findings)
+    for finding in findings:  # the same operands
+        assert finding.values["library"] == pytest.approx(finding.values["default"], rel=1e-2)
 
 
 def test_parity_sees_a_wrong_product(two_formats, monkeypatch):
@@ -49,7 +51,8 @@ def test_parity_sees_a_wrong_product(two_formats, monkeypatch):
 def test_products_are_measured(two_formats):
     copy, *products = run_section("products", QUICK)
     assert copy.values["GB/s"] > 0
-    assert [finding.name for finding in products[:2]] == ["Q4_K 64 x 256, 1 row", "Q4_K 64 x 256, 9 rows"]
+    ways = ["1 row", "9 rows", "16 rows, fused", "16 rows, through the library"]
+    assert [finding.name for finding in products[:4]] == [f"Q4_K 64 x 256, {way}" for way in ways]
     for finding in products:
         bits = {"Q4_K": 4.625, "F16": 16}[finding.name.split()[0]]
         values = finding.values

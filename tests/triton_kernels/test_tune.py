@@ -44,18 +44,30 @@ def test_a_tile_that_cannot_be_launched_everywhere_is_not_for_all():
 def test_candidates_fit_the_hardware():
     for tile in tune.gemv_candidates():
         assert tile.rows * tile.groups // (32 * tile.warps) <= 8
-    for tokens in (16, 128):
-        assert {tile.tokens for tile in tune.gemm_candidates(tokens)} == {tokens}
+    for tokens in (16, 128, 256):
+        tiles = tune.gemm_candidates(tokens)
+        assert {tile.tokens for tile in tiles} == {tokens} and len(set(tiles)) == len(tiles)
+        assert {tile.programs for tile in tiles} == ({0, 1} if tokens >= 128 else {0})
+
+
+def test_the_library_is_used_from_where_it_is_always_faster():
+    assert tune.switch_point({64: [0.5], 256: [1.1], 512: [0.8, 1.1], 1024: [0.7]}) == 512
+    assert tune.switch_point({64: [0.5, 1.9]}) == 64
+    assert tune.switch_point({64: [0.5], 256: [1.0]}) is None
+    assert tune.switch_point({}) is None
 
 
 def test_a_run_writes_what_its_clock_preferred(monkeypatch):
-    """The clock runs the products, and says that tiles with more rows are faster."""
+    """The clock runs the products, and says that tiles with more rows are faster, and so is the library from 32 on."""
     monkeypatch.setattr(tune, "_GEMV_ROWS", (1,))
     monkeypatch.setattr(tune, "_GEMM_ROWS", (16,))
+    monkeypatch.setattr(tune, "_LIBRARY_ROWS", (16, 32, 64))
     before = launches()
 
     def clock(tasks):
-        tasks[0]()
+        tokens = len(tasks[0]()[0])
+        if launches().library_tokens is not None:
+            return 1.0 if tokens < 32 else 1e-3
         gemv, gemm = launches().gemv_tile(1, 1 << 20, 32, "Q4_K"), launches().gemm_tile(16, False, 32, "Q4_K")
         return 1 / (gemv.rows + gemm.rows)
 
@@ -71,7 +83,16 @@ def test_a_run_writes_what_its_clock_preferred(monkeypatch):
     assert launches() is before
     assert tuned.source == "measured"
     assert tuned.gemv_tile(1, 1 << 20, 32, "Q4_K").rows == tuned.gemm_tile(16, False, 32, "Q4_K").rows == 64
+    assert tuned.library_tokens == 32
     assert Launches.from_json(tuned.to_json()) == tuned
+
+
+def test_without_time_everything_stays():
+    def clock(tasks):
+        raise AssertionError("there is no time")
+
+    tuned = tune.tune(resolve("cuda"), QUICK, ["Q4_K"], [(32, 256)], 0, clock)
+    assert tuned == replace(launches(), source="measured")
 
 
 def test_without_a_gpu_it_says_so_in_a_sentence(capsys, monkeypatch):
