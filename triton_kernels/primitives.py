@@ -119,7 +119,8 @@ def scaled_halves(words, zero, factors, HAS_MINIMUM: tl.constexpr):
         scale, minimum = tl.split(unpack_halves(factors))
         if HAS_MINIMUM:
             return _half_fma(codes, tl.expand_dims(scale, -1), tl.expand_dims(-minimum, -1))
-        return codes * tl.expand_dims(scale, -1)
+        else:
+            return codes * tl.expand_dims(scale, -1)
 
 
 @triton.jit

@@ -20,14 +20,8 @@ def _as_mantissas(words, bits):
 
 
 @triton.jit
-def decode_tile(planes, row, group, columns, FORMAT: tl.constexpr, HALF: tl.constexpr):
-    """Weights of rows (R,) int64 and groups (G,) int32 -> (R, G, group_size) float32, or float16 with HALF.
-
-    In float16 an instruction works on two weights: the scale is rounded to float16, then the weight, once. What is
-    beyond the range becomes infinite: weights from 65520 on, and groups whose scale is above 8188.
-    """
-    if not FORMAT.integer:
-        return FORMAT.decode(planes, row, group, columns).to(tl.float16 if HALF else tl.float32)
+def _integer_tile(planes, row, group, columns, FORMAT: tl.constexpr, HALF: tl.constexpr):
+    """`decode_tile` for an integer format."""
     # In float16 the codes are eighths, and the scale is that of a whole eight. So the scales of all formats that keep
     # them in half precision are multiples of the smallest float16: they lose their last bits, but are never lost.
     SHIFT: tl.constexpr = 3 if HALF else 0
@@ -51,6 +45,19 @@ def decode_tile(planes, row, group, columns, FORMAT: tl.constexpr, HALF: tl.cons
             weights -= minimum[:, :, :, None, None]
     weights = tl.permute(tl.reshape(weights, HALVES), (0, 1, 2, 3, 5, 4))
     return tl.reshape(weights, (row.shape[0], group.shape[0], 32))
+
+
+@triton.jit
+def decode_tile(planes, row, group, columns, FORMAT: tl.constexpr, HALF: tl.constexpr):
+    """Weights of rows (R,) int64 and groups (G,) int32 -> (R, G, group_size) float32, or float16 with HALF.
+
+    In float16 an instruction works on two weights of an integer format: the scale is rounded to float16, then the
+    weight, once. What is out of range becomes infinite: weights from 65520 on, and groups with a scale above 8188.
+    """
+    if FORMAT.integer:
+        return _integer_tile(planes, row, group, columns, FORMAT, HALF)
+    else:
+        return FORMAT.decode(planes, row, group, columns).to(tl.float16 if HALF else tl.float32)
 
 
 @triton.jit
