@@ -19,7 +19,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -199,17 +200,24 @@ def _compiled(target: str, name: str, rows: list[int], precision: str) -> Iterat
     import torch
 
     from trichord import triton_kernels
+    from trichord.triton_kernels import launch
     from trichord.weight_format import Weight, WeightFormat
 
     weight_format = WeightFormat[name]
     blocks = torch.zeros((_SHAPE[0], weight_format.row_bytes(_SHAPE[1])), dtype=torch.uint8)
     weight = Weight(triton_kernels.pack(blocks, weight_format, _SHAPE[1]), weight_format, _SHAPE, "planes")
     bits = 8 * weight.data.numel() / (_SHAPE[0] * _SHAPE[1])
+
+    def product(count: int) -> None:
+        """Fused, also where the GPU's library would multiply."""
+        launch.use(replace(launch.launches(), library_tokens=None))
+        try:
+            triton_kernels.matmul(torch.zeros((count, _SHAPE[1])), [weight], precision)
+        finally:
+            launch.use(None)
+
     calls: dict[str, Callable[[], object]] = {
-        f"product, {count} row{'s' * (count > 1)}": lambda count=count: triton_kernels.matmul(
-            torch.zeros((count, _SHAPE[1])), [weight], precision
-        )
-        for count in rows
+        f"product, {count} row{'s' * (count > 1)}": partial(product, count) for count in rows
     }
     calls["dequantize"] = lambda: triton_kernels.dequantize(weight)
     for kernel, call in calls.items():
