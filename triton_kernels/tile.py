@@ -31,7 +31,8 @@ def _integer_tile(planes, row, group, columns, FORMAT: tl.constexpr, HALF: tl.co
     HALVES: tl.constexpr = (row.shape[0], group.shape[0], 2, 4, 2, 2)
     SCALED: tl.constexpr = (row.shape[0], group.shape[0], 32 // FORMAT.scale_group, FORMAT.scale_group // 2)
     low, high, scale, minimum = FORMAT.decode(planes, row, group, columns)
-    bits = in_register(BIAS * 0x10001, row.to(tl.int32)[:, None, None, None])
+    # In float32 a constant more in a register is dearer than the instructions that copy it.
+    bits = in_register(BIAS * 0x10001, row.to(tl.int32)[:, None, None, None]) if HALF else BIAS * 0x10001
     codes = tl.reshape(_as_mantissas(tl.permute(tl.join(low, high), (0, 1, 3, 2)), bits), SCALED)
     zero = tl.full((1, 1, 1, 1), (BIAS + FORMAT.zero + MIDDLE) * 0x10001, tl.int32)
     if HALF:
