@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,10 +23,6 @@ def expert_matmul(
     is decoded by tiles. `Weight.scale` is not applied. Raises ValueError for an id that is no expert and
     for shapes that do not fit.
     """
-    if have_numba():
-        from trichord.cpu_fallback.jobs import refuse_recording
-
-        refuse_recording("a mixture of experts")
     tokens, chosen = experts.shape
     for weight in weights:
         if x.shape[:-1] not in (experts.shape[:1], experts.shape) or x.shape[-1] != weight.in_features:
@@ -36,28 +33,41 @@ def expert_matmul(
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     results = [torch.empty(tokens * chosen, weight.out_features) for weight in weights]
     if rows.numel() and chosen:
-        sharing = chosen if x.ndim == 2 else 1
-        pairs, starts, counts = _by_expert(experts.numpy().reshape(-1), weights[0].shape[0], sharing)
-        precisions = [used_precision(weight.format, precision) for weight in weights]
-        limits = np.array([most_rows_in_place(w.format, used) for w, used in zip(weights, precisions, strict=True)])
-        few = np.where(counts <= limits[:, None], counts, 0)
-        if few.any():
-            from trichord.cpu_fallback.in_place import multiply_paired
+        work = functools.partial(_multiply, rows, weights, experts, precision, results, chosen if x.ndim == 2 else 1)
+        if have_numba():
+            from trichord.cpu_fallback.jobs import repeat
 
-            multiply_paired(rows, list(zip(weights, precisions, results, strict=True)), pairs, starts, few)
-        for expert in np.flatnonzero(counts > limits.min()):
-            of_expert = torch.from_numpy(pairs[starts[expert] : starts[expert] + counts[expert]])
-            together = rows[of_expert[:, 0]]
-            products = [
-                (_matrix_of(weight, int(expert)), used, torch.empty(len(together), weight.out_features))
-                for weight, used, limit in zip(weights, precisions, limits, strict=True)
-                if counts[expert] > limit
-            ]
-            multiply_many(together, products)
-            targets = (y for y, limit in zip(results, limits, strict=True) if counts[expert] > limit)
-            for y, (_, _, product) in zip(targets, products, strict=True):
-                y[of_expert[:, 1]] = product
+            repeat(work)
+        else:
+            work()
     return [y.view(tokens, chosen, y.shape[1]) for y in results]
+
+
+def _multiply(
+    rows: torch.Tensor,
+    weights: Sequence[Weight],
+    experts: torch.Tensor,
+    precision: str,
+    results: list[torch.Tensor],
+    sharing: int,
+) -> None:
+    """rows (R, K) to the results (R * sharing, N), contiguous: `sharing` adjacent experts share one."""
+    pairs, starts, counts = _by_expert(experts.numpy().reshape(-1), weights[0].shape[0], sharing)
+    precisions = [used_precision(weight.format, precision) for weight in weights]
+    limits = np.array([most_rows_in_place(w.format, used) for w, used in zip(weights, precisions, strict=True)])
+    few = np.where(counts <= limits[:, None], counts, 0)
+    if few.any():
+        from trichord.cpu_fallback.in_place import multiply_paired
+
+        multiply_paired(rows, list(zip(weights, precisions, results, strict=True)), pairs, starts, few)
+    for expert in np.flatnonzero(counts > limits.min()):
+        of_expert = torch.from_numpy(pairs[starts[expert] : starts[expert] + counts[expert]])
+        many = [i for i, limit in enumerate(limits) if counts[expert] > limit]
+        products = [torch.empty(len(of_expert), weights[i].out_features) for i in many]
+        matrices = [(_matrix_of(weights[i], int(expert)), precisions[i]) for i in many]
+        multiply_many(rows[of_expert[:, 0]], [(*m, y) for m, y in zip(matrices, products, strict=True)])
+        for i, product in zip(many, products, strict=True):
+            results[i][of_expert[:, 1]] = product
 
 
 def _by_expert(ids: np.ndarray, experts: int, sharing: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -339,7 +339,18 @@ def recording() -> bool:
     return _recorder is not None and _recording_thread == threading.get_ident()
 
 
-def refuse_recording(what: str) -> None:
-    """For work that Python decides on by a tensor's numbers. Raises Unrecordable when it is being recorded."""
-    if recording():
-        raise Unrecordable(f"{what} cannot be recorded")
+def repeat(work: Callable[[], None]) -> None:
+    """Does the work, and when it is being recorded, with each repetition again: for Python that goes by numbers.
+
+    It must write its results to memory that was there before, and read what it needs from such.
+    """
+    if not recording():
+        work()
+        return
+    recorder = _recorder
+    recorder.take_work(work)
+    record(None)  # what the work runs is its own
+    try:
+        work()
+    finally:
+        record(recorder)

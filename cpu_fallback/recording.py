@@ -77,9 +77,15 @@ class Recorder(TorchDispatchMode):
         self._steps.append(table.copy())
         self._kept.append(memory)
 
+    def take_work(self, work: Callable[[], None]) -> None:
+        """What is about to be done, and has to be done as it is."""
+        self._steps.append(work)
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         results = function(*args, **kwargs)
+        if not jobs.recording():
+            return results
         tensors = _listed(results)
         if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
             raise Unrecordable(f"{function} takes a number out of a tensor")

@@ -90,6 +90,22 @@ def test_float_rows_of_any_length_stay_inside(name, columns):
         check(name, "default", tokens, rows, dequantize_rows(blocks, WeightFormat[name]))
 
 
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_1", "NVFP4", "Q2_K", "Q6_K", "IQ3_S"])  # of one, two and many scales
+def test_tiles_of_any_shape(name):
+    """Rows that no tile, no panel and no turn of tokens divides, and columns that no stretch does."""
+    format = WeightFormat[name]
+    rng = np.random.default_rng(5)
+    for out, blocks, tokens in ((1, 1, 9), (37, 3, 16), (8, 9, 33), (70, 2, 530), (3, 11, 1040)):
+        values = rng.normal(0, 0.02, (out, blocks * format.block_size)).astype(np.float32)
+        packed = quantize_blocks(values, format)
+        x = activations(tokens, values.shape[1], seed=tokens)
+        expected = product(x, dequantize_rows(packed, format))
+        for precision in ERROR:
+            (y,) = cpu_fallback.matmul(x, [make_weight(packed, name)], precision)
+            assert relative_error(y, expected) < ERROR[precision]
+            assert relative_error(y[-1], expected[-1]) < 3 * ERROR[precision]
+
+
 def test_a_weight_may_lie_at_any_address_and_stride():
     blocks, values = stored("Q4_K")
     memory = np.zeros((16, blocks.shape[1] + 7), np.uint8)
@@ -231,16 +247,33 @@ def test_blocks_are_the_layout():
 BLOCK_NUMBA = "import sys; sys.modules['numba'] = None; import runpy; runpy.run_path(sys.argv[1], run_name='__main__')"
 
 
-@pytest.mark.parametrize("level", ["no Numba", "no AVX2"])
+AVX2 = "+avx,+avx2,+f16c,+fma,+ssse3,+sse4.1,+sse4.2,+bmi,+bmi2,+popcnt"
+CPUS = {"no AVX2": ("generic", ""), "no AVX-512": ("haswell", AVX2), "no Numba": None}
+
+
+@pytest.mark.parametrize("level", CPUS)
 def test_other_levels(level):
-    if level == "no AVX2" and platform.machine() not in ("x86_64", "AMD64"):
-        pytest.skip("the other tests ran without AVX2 already")
-    generic = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""} if level == "no AVX2" else {}
+    if level != "no Numba" and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("the other tests ran without AVX already")
+    if level == "no AVX-512":
+        pytest.importorskip("llvmlite")
+        import llvmlite.binding as llvm
+
+        if not llvm.get_host_cpu_features().get("avx512bw"):
+            pytest.skip("the other tests ran without AVX-512 already")
+    generic = dict(zip(("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"), CPUS[level] or (), strict=False))
     command = [sys.executable, *(["-c", BLOCK_NUMBA] if level == "no Numba" else []), __file__]
     paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(command, env=os.environ | generic | {"PYTHONPATH": paths}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == (["numpy"] if level == "no Numba" else ["numba", "portable"])
+    assert (
+        done.stdout.split()
+        == {
+            "no Numba": ["numpy"],
+            "no AVX2": ["numba", "portable"],
+            "no AVX-512": ["numba", "avx2"],
+        }[level]
+    )
 
 
 if __name__ == "__main__":
@@ -250,7 +283,7 @@ if __name__ == "__main__":
         from numba.core.registry import cpu_target
 
         features = cpu_target.target_context.codegen().magic_tuple()[2]
-        print("numba", "avx2" if "+avx2" in features else "portable")
+        print("numba", next((n for n in ("avx512bw", "avx2") if f"+{n}" in features), "portable"))
     else:
         print("numpy")
     for name in FUSED if not have_numba() else KINDS:
