@@ -76,7 +76,7 @@ def test_dependent_launch_is_measured_beside_the_other(monkeypatch):
     """As on a GPU that had it: the interpreter's kernels do not know the option."""
     for ahead in (False, True):
         monkeypatch.setattr(launch.Launches, "pdl_possible", ahead)
-        monkeypatch.setattr(launch, "use", lambda configuration: None)
+        monkeypatch.setattr(gpu_sections, "use", lambda configuration: None)
         findings = list(gpu_sections.dependent(resolve("cuda"), QUICK))
         names = ["tiny:Q4_K_M: without dependent launch", "tiny:Q4_K_M: with dependent launch"]
         assert [finding.name for finding in findings] == (names if ahead else ["dependent launch"])

@@ -44,7 +44,7 @@ def launches(target: str) -> dict[str, Callable[[], object]]:
         "gated product": lambda: triton_kernels.activated_matmul(x, [weights[0], weights[0]], "default", "silu"),
         "activation": lambda: triton_kernels.activate(x, x, "silu", prepare="default"),
     }
-    own = launch.launches()
+    own = launch.choose("", target, launch.configurations())
 
     def ahead(call: Callable[[], object]) -> None:
         launch.use(replace(own, pdl=True))
