@@ -22,31 +22,64 @@ from trichord.weight_format import Weight
 
 
 @triton.jit
-def _integer_products(planes, activations, row, group, token, columns, FORMAT: tl.constexpr, LIMBS: tl.constexpr):
-    """Products of each group by integer arithmetic -> (T, R, G) float32."""
+def _four(words):
+    """(A, B, 4) -> four tensors (A, B)."""
+    even, odd = tl.split(tl.reshape(words, (words.shape[0], words.shape[1], 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _products_of_words(low, high, limbs, word, correction, LIMBS: tl.constexpr):
+    """Products (T, R, G) float32 of four or eight words (R, G) with x, whose words begin at `word`, - correction.
+
+    Each adds to the one before it: sums side by side would take as many instructions again to be added up.
+    """
+    product = 0
+    for limb in tl.static_range(LIMBS):
+        if limb == LIMBS - 1:
+            product = product * 256 - correction[:, None, :]
+        x = _four(tl.load(limbs + limb * 8 + word))
+        for index in tl.static_range(4):
+            product = dot4(low[index][None], x[index][:, None, :], product)
+        if high is not None:
+            x = _four(tl.load(limbs + limb * 8 + 4 + word))
+            for index in tl.static_range(4):
+                product = dot4(high[index][None], x[index][:, None, :], product)
+    return product.to(tl.float32)
+
+
+@triton.jit
+def _integer_products(
+    planes, activations, row, group, valid, token, columns, FORMAT: tl.constexpr, LIMBS: tl.constexpr
+):
+    """Products of each group by integer arithmetic -> (T, R, G) float32, and the scale of its activations.
+
+    That is zero for the groups that are not `valid`.
+    """
     limbs, scales, sums = activations
     groups = columns // 32
     low, high, scale, minimum = FORMAT.decode(planes, row, group, columns)
+    low, high = _four(low), _four(high)
     x_group = (token * groups)[:, None] + group[None, :]
-    word = (x_group * (8 * LIMBS))[:, None, :, None] + tl.arange(0, 4)[None, None, None, :]
-    product = 0
-    for limb in tl.static_range(LIMBS):
-        x_low = tl.load(limbs + limb * 8 + word)
-        x_high = tl.load(limbs + limb * 8 + 4 + word)
-        low_words = dot4(low[None], x_low, 0)
-        if FORMAT.scale_group == 16:
-            sums_of_limb = tl.join(tl.sum(low_words, axis=3), tl.sum(dot4(high[None], x_high, 0), axis=3))
-        else:
-            sums_of_limb = tl.sum(dot4(high[None], x_high, low_words), axis=3, keep_dims=True)
-        product = product * 256 + sums_of_limb
-    half = (x_group * 2)[:, None, :, None] + tl.arange(0, 2)[None, None, None, :]
-    x_sum = tl.load(sums + half)
+    word = (x_group * (8 * LIMBS))[:, :, None] + tl.arange(0, 4)[None, None, :]
+    first, second = tl.split(tl.load(sums + (x_group * 2)[:, :, None] + tl.arange(0, 2)[None, None, :]))
     if FORMAT.scale_group == 32:
-        x_sum = tl.sum(x_sum, axis=3, keep_dims=True)
-    result = (product - FORMAT.zero * x_sum).to(tl.float32) * scale[None]
-    if FORMAT.has_minimum:
-        result -= x_sum.to(tl.float32) * minimum[None]
-    return tl.sum(result, axis=3) * tl.load(scales + x_group)[:, None, :]
+        x_sum = first + second
+        scale = tl.reshape(scale, scale.shape[:2])[None]
+        result = _products_of_words(low, high, limbs, word, FORMAT.zero * x_sum, LIMBS) * scale
+        if FORMAT.has_minimum:
+            result -= x_sum.to(tl.float32)[:, None, :] * tl.reshape(minimum, minimum.shape[:2])[None]
+    else:
+        scale, other = tl.split(scale)
+        result = _products_of_words(low, None, limbs, word, FORMAT.zero * first, LIMBS) * scale[None]
+        result += _products_of_words(high, None, limbs, word + 4, FORMAT.zero * second, LIMBS) * other[None]
+        if FORMAT.has_minimum:
+            minimum, other = tl.split(minimum)
+            result -= first.to(tl.float32)[:, None, :] * minimum[None]
+            result -= second.to(tl.float32)[:, None, :] * other[None]
+    return result, tl.load(scales + x_group, mask=valid[None, :], other=0.0)[:, None, :]
 
 
 @triton.jit
@@ -95,10 +128,13 @@ def product_of_tile(
         group = start + tl.arange(0, BLOCK_GROUPS)
         inside = tl.minimum(group, groups - 1)
         if FORMAT.integer:
-            products = _integer_products(planes, limbs, row, inside, token, columns, FORMAT, LIMBS)
+            products, x_scale = _integer_products(
+                planes, limbs, row, inside, group < groups, token, columns, FORMAT, LIMBS
+            )
+            accumulator += products * x_scale
         else:
             products = _float_products(planes, x, row, inside, token, columns, FORMAT)
-        accumulator += tl.where((group < groups)[None, None, :], products, 0.0)
+            accumulator += tl.where((group < groups)[None, None, :], products, 0.0)
     product = tl.sum(accumulator, axis=2) * scale
     if bias is not None:
         product += tl.load(bias + row)[None, :]
