@@ -27,6 +27,16 @@ def spread(merged: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.cat([merged >> shift & mask for shift in range(0, 8, bits)], dim=-1)
 
 
+def bits_of(data: torch.Tensor) -> torch.Tensor:
+    """(..., n) bytes -> (..., 8n) bits, from the lowest of each byte up."""
+    return spread(data[..., None], 1).flatten(-2)
+
+
+def bytes_of(bits: torch.Tensor) -> torch.Tensor:
+    """The inverse of `bits_of`."""
+    return merge(bits.unflatten(-1, (-1, 8)), 1).squeeze(-1)
+
+
 @triton.jit
 def elements(plane, row, group, groups, SPAN: tl.constexpr, COUNT: tl.constexpr):
     """The COUNT elements that a plane keeps for every SPAN groups -> (R, G, COUNT)."""

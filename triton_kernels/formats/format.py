@@ -143,4 +143,8 @@ def _row_chunks(rows: int, row_bytes: int) -> list[slice]:
 
 @cache
 def _codebook(table: Callable[[], np.ndarray], device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(table()).to(device)
+    """The table at a multiple of its length, which is a power of two: see `grid.gather`."""
+    words = torch.from_numpy(table())
+    space = torch.empty(2 * words.nbytes, dtype=torch.uint8, device=device)
+    start = -space.data_ptr() % words.nbytes
+    return space[start : start + words.nbytes].view(words.dtype).copy_(words)

@@ -93,6 +93,22 @@ def all_signs(signs):
 
 
 @triton.jit
+def gather(codebook, offset):
+    """The words at byte `offset` of a codebook, an int32 that is not negative and a multiple of 4.
+
+    A codebook begins at a multiple of its length, so that the offset's bits need not be added but only set.
+    """
+    address = codebook.to(tl.int64, bitcast=True) | offset.to(tl.uint32, bitcast=True).to(tl.int64)
+    return tl.load(address.to(tl.pointer_type(tl.int32), bitcast=True))
+
+
+@triton.jit
+def of_four(first, second, third, fourth):
+    """Four tensors (R, G) -> (R, G, 4)."""
+    return tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), (first.shape[0], first.shape[1], 4))
+
+
+@triton.jit
 def octet_words(codebook, index, signs, group, TABLE: tl.constexpr):
     """Entries (2, R, G) of a grid of 8, the lowest bit of each nibble flipped by `signs` -> (R, G, 4) words.
 
@@ -103,6 +119,13 @@ def octet_words(codebook, index, signs, group, TABLE: tl.constexpr):
     first, second = look_up_8(codes, (in_register(TABLE[0], thread), in_register(TABLE[1], thread)))
     words = tl.permute(tl.join(first, second), (1, 2, 0, 3))
     return tl.reshape(words, (words.shape[0], words.shape[1], 4))
+
+
+@triton.jit
+def with_signs(words, signs, FIRST: tl.constexpr, INDEX: tl.constexpr):
+    """Word INDEX, as an entry of a grid of 4 has it, of the half of a group whose signs begin at bit FIRST (0 or 2)."""
+    ones = (signs >> (FIRST + (INDEX >> 1) + 4 * (INDEX & 1))) & 0x01010101
+    return (words ^ (ones * 255)) + ones  # no byte is zero: none carries
 
 
 @triton.jit
