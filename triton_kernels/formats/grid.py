@@ -109,16 +109,11 @@ def of_four(first, second, third, fourth):
 
 
 @triton.jit
-def octet_words(codebook, index, signs, group, TABLE: tl.constexpr):
-    """Entries (2, R, G) of a grid of 8, the lowest bit of each nibble flipped by `signs` -> (R, G, 4) words.
-
-    In this order of dimensions a thread gathers what belongs to its own group.
-    """
-    codes = tl.load(codebook + index) ^ (signs & 0x11111111)
-    thread = group[None, None, :]
-    first, second = look_up_8(codes, (in_register(TABLE[0], thread), in_register(TABLE[1], thread)))
-    words = tl.permute(tl.join(first, second), (1, 2, 0, 3))
-    return tl.reshape(words, (words.shape[0], words.shape[1], 4))
+def octet_words(codebook, offset, signs, group, TABLE: tl.constexpr):
+    """The two words of entries (R, G) of a grid of 8, the lowest bit of each nibble flipped by `signs`."""
+    codes = gather(codebook, offset) ^ (signs & 0x11111111)
+    thread = group[None, :]
+    return look_up_8(codes, (in_register(TABLE[0], thread), in_register(TABLE[1], thread)))
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """IQ2_XS: 256 weights; weight = d * (scale + 0.5) / 4 * grid entry, with signs.
 
 A block is d (half), 32 times 9 bits of index into a grid of 512 octets below 7 sign bits, the eighth making their
-number even, and a 4-bit scale for every 16 weights.
+number even, and a 4-bit scale for every 16 weights. The planes have two words a group: three indices from bit 2 on and
+the lower 5 bits of the fourth, as if bits 0 and 1 followed bit 31; and the signs, with its upper 4 bits.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from trichord.triton_kernels.formats.fields import elements, merge, spread
+from trichord.triton_kernels.formats.fields import bits_of, bytes_of, elements
 from trichord.triton_kernels.formats.format import Format, Plane
 from trichord.triton_kernels.formats.grid import (
     IQ2_TABLE,
@@ -19,36 +20,40 @@ from trichord.triton_kernels.formats.grid import (
     grid_codes,
     octet_bits,
     octet_words,
+    of_four,
 )
 from trichord.weight_format import WeightFormat
 
 
 def _split(blocks: torch.Tensor) -> list[torch.Tensor]:
-    bits = spread(blocks[..., 2:66].unflatten(-1, (8, 4, 2, 1)), 1).flatten(-2)
-    signs = octet_bits(torch.cat([bits[..., 9:], bits[..., 8:9]], dim=-1))
-    return [torch.cat([merge(bits[..., :8], 1).flatten(-2), signs], dim=-1), blocks[..., 66:], blocks[..., :2]]
+    bits = bits_of(blocks[..., 2:66]).unflatten(-1, (8, 4, 16))
+    indices = bits[..., :9].flatten(-2)
+    signs = octet_bits(torch.cat([bits[..., 9:], indices[..., 32:, None]], dim=-1))
+    words = torch.cat([bytes_of(indices[..., :32].roll(2, dims=-1)), signs], dim=-1)
+    return [words, blocks[..., 66:], blocks[..., :2]]
 
 
-def _join(codes: torch.Tensor, scales: torch.Tensor, superscales: torch.Tensor) -> torch.Tensor:
-    indices, signs = codes.unflatten(-1, (8, 2, 4)).unbind(-2)
+def _join(words: torch.Tensor, scales: torch.Tensor, superscales: torch.Tensor) -> torch.Tensor:
+    indices, signs = words.unflatten(-1, (8, 2, 4)).unbind(-2)
     signs = bits_of_octets(signs)
-    high = merge(torch.cat([signs[..., 7:], signs[..., :7]], dim=-1), 1)
-    return torch.cat([superscales, torch.stack([indices, high.squeeze(-1)], dim=-1).flatten(-3), scales], dim=-1)
-
-
-@triton.jit
-def _octets(codebook, indices, high_bits, signs, octet, group):
-    index = ((indices >> (octet * 8)) & 255) | (high_bits >> (octet + 20)) & 256
-    return octet_words(codebook, index, signs >> octet, group, IQ2_TABLE)
+    indices = torch.cat([bits_of(indices).roll(-2, dims=-1), signs[..., 7]], dim=-1).unflatten(-1, (4, 9))
+    codes = bytes_of(torch.cat([indices, signs[..., :7]], dim=-1).flatten(-3))
+    return torch.cat([superscales, codes, scales], dim=-1)
 
 
 @triton.jit
 def _decode(planes, row, group, columns):
     groups = columns // 32
     indices, packed = tl.split(elements(planes[0], row, group, groups, 1, 2))
-    signs, octet = all_signs(packed), tl.arange(0, 2)[:, None, None]
-    low = _octets(planes[3], indices[None], packed[None], signs[None], octet, group)
-    high = _octets(planes[3], indices[None], packed[None], signs[None], octet + 2, group)
+    word = indices.to(tl.uint32, bitcast=True)
+    signs = all_signs(packed)
+    last = ((word >> 27) | (word << 5)) & 0x7C | (packed.to(tl.uint32, bitcast=True) >> 21) & 0x780
+    first, second = octet_words(planes[3], (word & 0x7FC).to(tl.int32), signs, group, IQ2_TABLE)
+    third, fourth = octet_words(planes[3], ((word >> 9) & 0x7FC).to(tl.int32), signs >> 1, group, IQ2_TABLE)
+    low = of_four(first, second, third, fourth)
+    first, second = octet_words(planes[3], ((word >> 18) & 0x7FC).to(tl.int32), signs >> 2, group, IQ2_TABLE)
+    third, fourth = octet_words(planes[3], last.to(tl.int32), signs >> 3, group, IQ2_TABLE)
+    high = of_four(first, second, third, fourth)
     scales = elements(planes[1], row, group, groups, 1, 1).to(tl.int32) >> (tl.arange(0, 2) * 4)[None, None, :]
     d = elements(planes[2], row, group, groups, 8, 1).to(tl.float32)
     scale = d * ((scales & 15).to(tl.float32) + 0.5) * 0.25

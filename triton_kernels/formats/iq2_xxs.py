@@ -19,6 +19,7 @@ from trichord.triton_kernels.formats.grid import (
     grid_codes,
     octet_bits,
     octet_words,
+    of_four,
     with_eighth,
     without_eighth,
 )
@@ -37,17 +38,16 @@ def _join(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _octets(codebook, indices, signs, octet, group):
-    return octet_words(codebook, (indices >> (octet * 8)) & 255, signs >> octet, group, IQ2_TABLE)
-
-
-@triton.jit
 def _decode(planes, row, group, columns):
     groups = columns // 32
     indices, packed = tl.split(elements(planes[0], row, group, groups, 1, 2))
-    signs, octet = all_signs(packed), tl.arange(0, 2)[:, None, None]
-    low = _octets(planes[2], indices[None], signs[None], octet, group)
-    high = _octets(planes[2], indices[None], signs[None], octet + 2, group)
+    signs = all_signs(packed)
+    first, second = octet_words(planes[2], (indices << 2) & 0x3FC, signs, group, IQ2_TABLE)
+    third, fourth = octet_words(planes[2], (indices >> 6) & 0x3FC, signs >> 1, group, IQ2_TABLE)
+    low = of_four(first, second, third, fourth)
+    first, second = octet_words(planes[2], (indices >> 14) & 0x3FC, signs >> 2, group, IQ2_TABLE)
+    third, fourth = octet_words(planes[2], (indices >> 22) & 0x3FC, signs >> 3, group, IQ2_TABLE)
+    high = of_four(first, second, third, fourth)
     d = elements(planes[1], row, group, groups, 8, 1).to(tl.float32)
     scale = d * (((packed[:, :, None] >> 28) & 15).to(tl.float32) + 0.5) * 0.25
     return low, high, scale, scale

@@ -15,10 +15,12 @@ from trichord.triton_kernels.formats.format import Format, Plane
 from trichord.triton_kernels.formats.grid import (
     all_signs,
     bits_of_quads,
+    gather,
     grid_words,
+    of_four,
     quad_bits,
-    quad_words,
     with_eighth,
+    with_signs,
     without_eighth,
 )
 from trichord.weight_format import WeightFormat
@@ -36,8 +38,12 @@ def _join(codes: torch.Tensor, scales: torch.Tensor, superscales: torch.Tensor) 
 
 @triton.jit
 def _words(codebook, indices, signs, HALF: tl.constexpr):
-    index = (indices[None] >> (tl.arange(0, 4) * 8)[:, None, None]) & 255
-    return quad_words(codebook, index, signs, HALF)
+    return of_four(
+        with_signs(gather(codebook, (indices << 2) & 0x3FC), signs, 2 * HALF, 0),
+        with_signs(gather(codebook, (indices >> 6) & 0x3FC), signs, 2 * HALF, 1),
+        with_signs(gather(codebook, (indices >> 14) & 0x3FC), signs, 2 * HALF, 2),
+        with_signs(gather(codebook, (indices >> 22) & 0x3FC), signs, 2 * HALF, 3),
+    )
 
 
 @triton.jit
@@ -45,7 +51,7 @@ def _decode(planes, row, group, columns):
     groups = columns // 32
     low, high = tl.split(elements(planes[0], row, group, groups, 1, 2))
     packed = elements(planes[1], row, group, groups, 1, 1)
-    signs = all_signs(tl.permute(packed, (2, 0, 1)))
+    signs = all_signs(tl.reshape(packed, (row.shape[0], group.shape[0])))
     d = elements(planes[2], row, group, groups, 8, 1).to(tl.float32)
     scale = d * (((packed >> 28) & 15).to(tl.float32) + 0.5) * 0.5
     return _words(planes[3], low, signs, 0), _words(planes[3], high, signs, 1), scale, scale
