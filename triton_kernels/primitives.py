@@ -143,6 +143,23 @@ _OCTETS_PTX = tl.constexpr(
 )
 
 
+@triton.constexpr_function
+def _permutation(selector: int) -> tuple[str, int]:
+    """The instruction that picks four bytes of two words by the nibbles of `selector`; `selector`, a byte each."""
+    return f"prmt.b32 $0, $1, $2, {selector};", sum((selector >> 4 * n & 15) << 8 * n for n in range(4))
+
+
+@triton.jit
+def byte_permute(low, high, SELECTOR: tl.constexpr):
+    """The bytes of the int32 words `low` and `high` that the nibbles of SELECTOR, 0 to 7, choose, lowest first."""
+    ASSEMBLY: tl.constexpr = _permutation(SELECTOR)[0]
+    BYTES: tl.constexpr = _permutation(SELECTOR)[1]
+    if _architecture() == "cuda":
+        return tl.inline_asm_elementwise(ASSEMBLY, "=r,r,r", [low, high], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        return _byte_permute(low, high, (low & 0) | BYTES)
+
+
 @triton.jit
 def look_up_8(codes, table):
     """The bytes of a table, 8 in two words, that the nibbles of int32 codes index: the lower four's, the upper four's.

@@ -93,12 +93,18 @@ def all_signs(signs):
 
 
 @triton.jit
-def gather(codebook, offset):
-    """The words at byte `offset` of a codebook, an int32 that is not negative and a multiple of 4.
+def start_of(codebook, group):
+    """Where a codebook begins, int64 in the shape (1, G), for `gather`: see `primitives.in_register`."""
+    return codebook.to(tl.int64, bitcast=True) | (group >> 31).to(tl.int64)[None, :]
 
-    A codebook begins at a multiple of its length, so that the offset's bits need not be added but only set.
+
+@triton.jit
+def gather(start, offset):
+    """The words at byte `offset`, a multiple of 4, of a codebook.
+
+    It begins at a multiple of its length, so that the offset's bits need not be added but only set.
     """
-    address = codebook.to(tl.int64, bitcast=True) | offset.to(tl.uint32, bitcast=True).to(tl.int64)
+    address = start | offset.to(tl.uint32, bitcast=True).to(tl.int64)
     return tl.load(address.to(tl.pointer_type(tl.int32), bitcast=True))
 
 
@@ -109,9 +115,9 @@ def of_four(first, second, third, fourth):
 
 
 @triton.jit
-def octet_words(codebook, offset, signs, group, TABLE: tl.constexpr):
+def octet_words(start, offset, signs, group, TABLE: tl.constexpr):
     """The two words of entries (R, G) of a grid of 8, the lowest bit of each nibble flipped by `signs`."""
-    codes = gather(codebook, offset) ^ (signs & 0x11111111)
+    codes = gather(start, offset) ^ (signs & 0x11111111)
     thread = group[None, :]
     return look_up_8(codes, (in_register(TABLE[0], thread), in_register(TABLE[1], thread)))
 

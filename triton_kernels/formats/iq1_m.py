@@ -15,7 +15,7 @@ import triton.language as tl
 
 from trichord.triton_kernels.formats.fields import bits_of, bytes_of, elements
 from trichord.triton_kernels.formats.format import Format, Plane
-from trichord.triton_kernels.formats.grid import gather, grid_codes, of_four, pair_words
+from trichord.triton_kernels.formats.grid import gather, grid_codes, of_four, pair_words, start_of
 from trichord.triton_kernels.primitives import in_register, look_up_8
 from trichord.weight_format import WeightFormat
 
@@ -49,16 +49,17 @@ def _join(lower: torch.Tensor, upper: torch.Tensor, scales: torch.Tensor, supers
 @triton.jit
 def _decode(planes, row, group, columns):
     groups = columns // 32
+    start = start_of(planes[4], group)
     shape: tl.constexpr = (row.shape[0], group.shape[0])
     lower = tl.reshape(elements(planes[0], row, group, groups, 1, 1), shape).to(tl.uint32, bitcast=True)
     upper = tl.reshape(elements(planes[1], row, group, groups, 1, 1), shape).to(tl.uint32)
     table = in_register(_TABLE[0], group[None, :]), in_register(_TABLE[1], group[None, :])
     # Four times twice 6 bits and 2 zeros: offsets of words.
-    first, second = _octet(planes[4], lower << 2, table)
-    third, fourth = _octet(planes[4], lower >> 10, table)
+    first, second = _octet(start, lower << 2, table)
+    third, fourth = _octet(start, lower >> 10, table)
     low = of_four(first, second, third, fourth)
-    first, second = _octet(planes[4], (lower >> 22) | (upper << 10), table)
-    third, fourth = _octet(planes[4], upper >> 2, table)
+    first, second = _octet(start, (lower >> 22) | (upper << 10), table)
+    third, fourth = _octet(start, upper >> 2, table)
     high = of_four(first, second, third, fourth)
     scales = elements(planes[2], row, group, groups, 1, 1).to(tl.int32) >> (tl.arange(0, 2) * 3)[None, None, :]
     d = elements(planes[3], row, group, groups, 8, 1).to(tl.float32)
@@ -67,8 +68,8 @@ def _decode(planes, row, group, columns):
 
 
 @triton.jit
-def _octet(codebook, offset, table):
-    return look_up_8(gather(codebook, (offset & 0x3FFC).to(tl.int32, bitcast=True)), table)
+def _octet(start, offset, table):
+    return look_up_8(gather(start, (offset & 0x3FFC).to(tl.int32, bitcast=True)), table)
 
 
 IQ1_M = Format(

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from trichord.triton_kernels.formats.fields import bits_of, bytes_of, elements
 from trichord.triton_kernels.formats.format import Format, Plane
-from trichord.triton_kernels.formats.grid import gather, grid_codes, of_four
+from trichord.triton_kernels.formats.grid import gather, grid_codes, of_four, start_of
 from trichord.triton_kernels.primitives import look_up_8
 from trichord.weight_format import WeightFormat
 
@@ -47,16 +47,17 @@ def _join(lower: torch.Tensor, upper: torch.Tensor, scales: torch.Tensor) -> tor
 @triton.jit
 def _decode(planes, row, group, columns):
     groups = columns // 32
+    start = start_of(planes[3], group)
     shape: tl.constexpr = (row.shape[0], group.shape[0])
     lower = tl.reshape(elements(planes[0], row, group, groups, 1, 1), shape).to(tl.uint32, bitcast=True)
     fields = elements(planes[1], row, group, groups, 1, 1).to(tl.uint32)
     upper = tl.reshape(fields, shape)
     table = tl.where((upper & 2) != 0, _MINUS, _PLUS)
-    first, second = _octet(planes[3], lower << 2, table)
-    third, fourth = _octet(planes[3], lower >> 9, table)
+    first, second = _octet(start, lower << 2, table)
+    third, fourth = _octet(start, lower >> 9, table)
     low = of_four(first, second, third, fourth)
-    first, second = _octet(planes[3], (lower >> 20) | (upper << 12), table)
-    third, fourth = _octet(planes[3], upper, table)
+    first, second = _octet(start, (lower >> 20) | (upper << 12), table)
+    third, fourth = _octet(start, upper, table)
     high = of_four(first, second, third, fourth)
     d = elements(planes[2], row, group, groups, 8, 1).to(tl.float32)
     scale = d * ((fields >> 13) * 2 + 1).to(tl.int32).to(tl.float32) * 0.125
@@ -64,8 +65,8 @@ def _decode(planes, row, group, columns):
 
 
 @triton.jit
-def _octet(codebook, offset, table):
-    return look_up_8(gather(codebook, (offset & 0x1FFC).to(tl.int32, bitcast=True)), (table, table))
+def _octet(start, offset, table):
+    return look_up_8(gather(start, (offset & 0x1FFC).to(tl.int32, bitcast=True)), (table, table))
 
 
 IQ1_S = Format(

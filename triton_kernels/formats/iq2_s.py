@@ -14,7 +14,15 @@ import triton.language as tl
 
 from trichord.triton_kernels.formats.fields import bits_of, bytes_of, elements
 from trichord.triton_kernels.formats.format import Format, Plane
-from trichord.triton_kernels.formats.grid import IQ2_TABLE, bits_of_octets, grid_codes, octet_bits, octet_words, of_four
+from trichord.triton_kernels.formats.grid import (
+    IQ2_TABLE,
+    bits_of_octets,
+    grid_codes,
+    octet_bits,
+    octet_words,
+    of_four,
+    start_of,
+)
 from trichord.weight_format import WeightFormat
 
 
@@ -40,15 +48,16 @@ def _join(words: torch.Tensor, pairs: torch.Tensor, superscales: torch.Tensor) -
 @triton.jit
 def _decode(planes, row, group, columns):
     groups = columns // 32
+    start = start_of(planes[3], group)
     indices, signs = tl.split(elements(planes[0], row, group, groups, 1, 2))
     word = indices.to(tl.uint32, bitcast=True)
     pair = elements(planes[1], row, group, groups, 1, 1).to(tl.int32)
     last = (tl.reshape(pair, (row.shape[0], group.shape[0])) << 4) & 0xFF0 | (indices & 3) << 2
-    first, second = octet_words(planes[3], indices & 0xFFC, signs, group, IQ2_TABLE)
-    third, fourth = octet_words(planes[3], ((word >> 10) & 0xFFC).to(tl.int32), signs >> 1, group, IQ2_TABLE)
+    first, second = octet_words(start, indices & 0xFFC, signs, group, IQ2_TABLE)
+    third, fourth = octet_words(start, ((word >> 10) & 0xFFC).to(tl.int32), signs >> 1, group, IQ2_TABLE)
     low = of_four(first, second, third, fourth)
-    first, second = octet_words(planes[3], ((word >> 20) & 0xFFC).to(tl.int32), signs >> 2, group, IQ2_TABLE)
-    third, fourth = octet_words(planes[3], last, signs >> 3, group, IQ2_TABLE)
+    first, second = octet_words(start, ((word >> 20) & 0xFFC).to(tl.int32), signs >> 2, group, IQ2_TABLE)
+    third, fourth = octet_words(start, last, signs >> 3, group, IQ2_TABLE)
     high = of_four(first, second, third, fourth)
     d = elements(planes[2], row, group, groups, 8, 1).to(tl.float32)
     scale = d * (((pair >> (tl.arange(0, 2) * 4 + 8)[None, None, :]) & 15).to(tl.float32) + 0.5) * 0.25

@@ -21,6 +21,7 @@ from trichord.triton_kernels.formats.grid import (
     octet_bits,
     octet_words,
     of_four,
+    start_of,
 )
 from trichord.weight_format import WeightFormat
 
@@ -44,15 +45,16 @@ def _join(words: torch.Tensor, scales: torch.Tensor, superscales: torch.Tensor) 
 @triton.jit
 def _decode(planes, row, group, columns):
     groups = columns // 32
+    start = start_of(planes[3], group)
     indices, packed = tl.split(elements(planes[0], row, group, groups, 1, 2))
     word = indices.to(tl.uint32, bitcast=True)
     signs = all_signs(packed)
     last = ((word >> 27) | (word << 5)) & 0x7C | (packed.to(tl.uint32, bitcast=True) >> 21) & 0x780
-    first, second = octet_words(planes[3], (word & 0x7FC).to(tl.int32), signs, group, IQ2_TABLE)
-    third, fourth = octet_words(planes[3], ((word >> 9) & 0x7FC).to(tl.int32), signs >> 1, group, IQ2_TABLE)
+    first, second = octet_words(start, (word & 0x7FC).to(tl.int32), signs, group, IQ2_TABLE)
+    third, fourth = octet_words(start, ((word >> 9) & 0x7FC).to(tl.int32), signs >> 1, group, IQ2_TABLE)
     low = of_four(first, second, third, fourth)
-    first, second = octet_words(planes[3], ((word >> 18) & 0x7FC).to(tl.int32), signs >> 2, group, IQ2_TABLE)
-    third, fourth = octet_words(planes[3], last.to(tl.int32), signs >> 3, group, IQ2_TABLE)
+    first, second = octet_words(start, ((word >> 18) & 0x7FC).to(tl.int32), signs >> 2, group, IQ2_TABLE)
+    third, fourth = octet_words(start, last.to(tl.int32), signs >> 3, group, IQ2_TABLE)
     high = of_four(first, second, third, fourth)
     scales = elements(planes[1], row, group, groups, 1, 1).to(tl.int32) >> (tl.arange(0, 2) * 4)[None, None, :]
     d = elements(planes[2], row, group, groups, 8, 1).to(tl.float32)

@@ -20,6 +20,7 @@ from trichord.triton_kernels.formats.grid import (
     octet_bits,
     octet_words,
     of_four,
+    start_of,
     with_eighth,
     without_eighth,
 )
@@ -40,13 +41,14 @@ def _join(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 @triton.jit
 def _decode(planes, row, group, columns):
     groups = columns // 32
+    start = start_of(planes[2], group)
     indices, packed = tl.split(elements(planes[0], row, group, groups, 1, 2))
     signs = all_signs(packed)
-    first, second = octet_words(planes[2], (indices << 2) & 0x3FC, signs, group, IQ2_TABLE)
-    third, fourth = octet_words(planes[2], (indices >> 6) & 0x3FC, signs >> 1, group, IQ2_TABLE)
+    first, second = octet_words(start, (indices << 2) & 0x3FC, signs, group, IQ2_TABLE)
+    third, fourth = octet_words(start, (indices >> 6) & 0x3FC, signs >> 1, group, IQ2_TABLE)
     low = of_four(first, second, third, fourth)
-    first, second = octet_words(planes[2], (indices >> 14) & 0x3FC, signs >> 2, group, IQ2_TABLE)
-    third, fourth = octet_words(planes[2], (indices >> 22) & 0x3FC, signs >> 3, group, IQ2_TABLE)
+    first, second = octet_words(start, (indices >> 14) & 0x3FC, signs >> 2, group, IQ2_TABLE)
+    third, fourth = octet_words(start, (indices >> 22) & 0x3FC, signs >> 3, group, IQ2_TABLE)
     high = of_four(first, second, third, fourth)
     d = elements(planes[1], row, group, groups, 8, 1).to(tl.float32)
     scale = d * (((packed[:, :, None] >> 28) & 15).to(tl.float32) + 0.5) * 0.25

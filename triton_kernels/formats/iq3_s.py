@@ -14,7 +14,15 @@ import triton.language as tl
 
 from trichord.triton_kernels.formats.fields import bits_of, bytes_of, elements, merge, spread
 from trichord.triton_kernels.formats.format import Format, Plane
-from trichord.triton_kernels.formats.grid import bits_of_quads, gather, grid_words, of_four, quad_bits, with_signs
+from trichord.triton_kernels.formats.grid import (
+    bits_of_quads,
+    gather,
+    grid_words,
+    of_four,
+    quad_bits,
+    start_of,
+    with_signs,
+)
 from trichord.weight_format import WeightFormat
 
 
@@ -39,20 +47,21 @@ def _join(words: torch.Tensor, signs: torch.Tensor, pairs: torch.Tensor, supersc
 
 
 @triton.jit
-def _words(codebook, word, nibble, signs, HALF: tl.constexpr):
+def _words(start, word, nibble, signs, HALF: tl.constexpr):
     """The four words of half HALF of the group; the nibble is where it belongs in an offset."""
     last = ((word >> 27) | (word << 5)) & 0x7C | nibble & 0x780
     return of_four(
-        with_signs(gather(codebook, (word & 0x7FC).to(tl.int32)), signs, 2 * HALF, 0),
-        with_signs(gather(codebook, ((word >> 9) & 0x7FC).to(tl.int32)), signs, 2 * HALF, 1),
-        with_signs(gather(codebook, ((word >> 18) & 0x7FC).to(tl.int32)), signs, 2 * HALF, 2),
-        with_signs(gather(codebook, last.to(tl.int32)), signs, 2 * HALF, 3),
+        with_signs(gather(start, (word & 0x7FC).to(tl.int32)), signs, 2 * HALF, 0),
+        with_signs(gather(start, ((word >> 9) & 0x7FC).to(tl.int32)), signs, 2 * HALF, 1),
+        with_signs(gather(start, ((word >> 18) & 0x7FC).to(tl.int32)), signs, 2 * HALF, 2),
+        with_signs(gather(start, last.to(tl.int32)), signs, 2 * HALF, 3),
     )
 
 
 @triton.jit
 def _decode(planes, row, group, columns):
     groups = columns // 32
+    start = start_of(planes[4], group)
     shape: tl.constexpr = (row.shape[0], group.shape[0])
     first, second = tl.split(elements(planes[0], row, group, groups, 1, 2).to(tl.uint32, bitcast=True))
     signs = tl.reshape(elements(planes[1], row, group, groups, 1, 1), shape)
@@ -60,8 +69,8 @@ def _decode(planes, row, group, columns):
     nibbles = tl.reshape(pair, shape)
     d = elements(planes[3], row, group, groups, 8, 1).to(tl.float32)
     scale = d * ((pair >> 8) * 2 + 1).to(tl.int32).to(tl.float32)
-    low = _words(planes[4], first, nibbles << 7, signs, 0)
-    high = _words(planes[4], second, nibbles << 3, signs, 1)
+    low = _words(start, first, nibbles << 7, signs, 0)
+    high = _words(start, second, nibbles << 3, signs, 1)
     return low, high, scale, scale
 
 

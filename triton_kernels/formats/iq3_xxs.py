@@ -19,6 +19,7 @@ from trichord.triton_kernels.formats.grid import (
     grid_words,
     of_four,
     quad_bits,
+    start_of,
     with_eighth,
     with_signs,
     without_eighth,
@@ -37,24 +38,25 @@ def _join(codes: torch.Tensor, scales: torch.Tensor, superscales: torch.Tensor) 
 
 
 @triton.jit
-def _words(codebook, indices, signs, HALF: tl.constexpr):
+def _words(start, indices, signs, HALF: tl.constexpr):
     return of_four(
-        with_signs(gather(codebook, (indices << 2) & 0x3FC), signs, 2 * HALF, 0),
-        with_signs(gather(codebook, (indices >> 6) & 0x3FC), signs, 2 * HALF, 1),
-        with_signs(gather(codebook, (indices >> 14) & 0x3FC), signs, 2 * HALF, 2),
-        with_signs(gather(codebook, (indices >> 22) & 0x3FC), signs, 2 * HALF, 3),
+        with_signs(gather(start, (indices << 2) & 0x3FC), signs, 2 * HALF, 0),
+        with_signs(gather(start, (indices >> 6) & 0x3FC), signs, 2 * HALF, 1),
+        with_signs(gather(start, (indices >> 14) & 0x3FC), signs, 2 * HALF, 2),
+        with_signs(gather(start, (indices >> 22) & 0x3FC), signs, 2 * HALF, 3),
     )
 
 
 @triton.jit
 def _decode(planes, row, group, columns):
     groups = columns // 32
+    start = start_of(planes[3], group)
     low, high = tl.split(elements(planes[0], row, group, groups, 1, 2))
     packed = elements(planes[1], row, group, groups, 1, 1)
     signs = all_signs(tl.reshape(packed, (row.shape[0], group.shape[0])))
     d = elements(planes[2], row, group, groups, 8, 1).to(tl.float32)
     scale = d * (((packed >> 28) & 15).to(tl.float32) + 0.5) * 0.5
-    return _words(planes[3], low, signs, 0), _words(planes[3], high, signs, 1), scale, scale
+    return _words(start, low, signs, 0), _words(start, high, signs, 1), scale, scale
 
 
 IQ3_XXS = Format(

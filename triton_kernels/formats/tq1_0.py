@@ -14,6 +14,8 @@ import triton.language as tl
 
 from trichord.triton_kernels.formats.fields import elements
 from trichord.triton_kernels.formats.format import Format, Plane
+from trichord.triton_kernels.formats.grid import pair_words
+from trichord.triton_kernels.primitives import byte_permute, in_register, look_up_8
 from trichord.weight_format import WeightFormat
 
 
@@ -25,29 +27,39 @@ def _join(digits: torch.Tensor, last: torch.Tensor, scales: torch.Tensor) -> tor
     return torch.cat([digits, last, scales], dim=-1)
 
 
+# The powers of 3 by which a group's digits become the uppermost, for each group of a block: those of weights 0..15, and
+# those of weights 16..31 (the last bytes of group 7 hold several digits, so that each word has its own power).
+_LOW_POWERS = tl.constexpr(pair_words([(1, 3), (9, 27), (81, 1), (9, 81)]))
+_HIGH_POWERS = tl.constexpr(pair_words([(1, 3), (9, 27), (81, 3), (27, 0)]))
+
+
 @triton.jit
-def _digits(word, n):
-    """Digit n of each byte of a word, in that byte."""
-    power = tl.where((n & 1) != 0, 3, 1) * tl.where((n & 2) != 0, 9, 1) * tl.where((n & 4) != 0, 81, 1)
+def _digits(word, power):
+    """The digit of each byte of a word, in that byte, which is the uppermost one of its product with a power of 3."""
     even = (((word & 0x00FF00FF) * power) & 0x00FF00FF) * 3
-    odd = ((((word >> 8) & 0x00FF00FF) * power) & 0x00FF00FF) * 3
-    return ((even >> 8) & 0x00030003) | (odd & 0x03000300)
+    odd = ((byte_permute(word, word & 0, 0x4341) * power) & 0x00FF00FF) * 3
+    return byte_permute(even, odd, 0x7351)
+
+
+@triton.jit
+def _power(part, POWERS: tl.constexpr):
+    return look_up_8(part, (in_register(POWERS[0], part), in_register(POWERS[1], part)))[0] & 255
 
 
 @triton.jit
 def _decode(planes, row, group, columns):
     groups = columns // 32
     index = tl.arange(0, 4)[None, None, :]
-    part = (group % 8)[None, :, None]
+    part = (group & 7)[None, :, None]
     later = (part >= 5).to(tl.int32)
     start = planes[0] + (row * (groups // 8 * 12))[:, None, None]
     word = (group // 8 * 12)[None, :, None] + index
     low = tl.load(start + word + later * 8)
     high = tl.load(start + word + later * 4 + 4)
     last = elements(planes[1], row, group, groups, 8, 1)
-    digit = part + later * (part - 10)  # 0 to 4 for groups 0 to 4; 0, 2 and 4 for the others
-    low = _digits(low, digit)
-    high = _digits(tl.where(part == 7, last, high), tl.where(part == 7, index, digit + later))
+    power = tl.where(part == 7, (0x1B090301 >> (index * 8)) & 255, _power(part, _HIGH_POWERS))
+    low = _digits(low, _power(part, _LOW_POWERS))
+    high = _digits(tl.where(part == 7, last, high), power)
     scale = elements(planes[2], row, group, groups, 8, 1).to(tl.float32)
     return low, high, scale, scale
 
