@@ -43,6 +43,14 @@ def test_planes_of_odd_row_counts_are_aligned_and_disjoint(format):
     assert end == data.numel()
 
 
+@pytest.mark.parametrize("format", [format for format in FORMATS.values() if format.codebook], ids=repr)
+def test_a_codebook_begins_at_a_multiple_of_its_length(format):
+    codebook = format.arguments(torch.zeros(0, dtype=torch.uint8), 0, 256)[-1]
+    assert codebook.nbytes & (codebook.nbytes - 1) == 0
+    assert codebook.data_ptr() % codebook.nbytes == 0
+    assert np.array_equal(codebook.numpy(), format.codebook())
+
+
 @pytest.mark.parametrize("format", IN_GOLDEN, ids=repr)
 def test_packing_a_chunk_at_a_time_changes_nothing(format, monkeypatch):
     blocks, _ = golden_blocks(format.weight_format, 7, 512)

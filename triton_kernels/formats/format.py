@@ -39,8 +39,8 @@ class Format:
 
     `decode(planes, row, group, columns)` is a @triton.jit function. It reads, for rows `row` (R,) int64 and groups
     `group` (G,) int32 of `group_size` weights, from `planes`, a tuple of pointers with the codebook last if there is
-    one; `columns` is the length of a row. A float format returns its weights (R, G, group_size) in float32. An integer
-    format has groups of 32 and returns
+    one, of a power of two of bytes and at a multiple of it; `columns` is the length of a row. A float format returns
+    its weights (R, G, group_size) in float32. An integer format has groups of 32 and returns
 
     * two int32 tensors (R, G, 4): weights 0..15 and 16..31 of each group, four signed bytes a word, lowest first;
     * scale and minimum, float32 (R, G, 32 / scale_group): weight = scale * (byte - zero) - minimum, where a format

@@ -1,8 +1,10 @@
 """Grids: codebooks of 8 or 4 small numbers an entry, whose signs, if any, are stored apart.
 
-The tables are those of the gguf package; kernels gather from a tensor behind the planes. The numbers of an octet are of
-three magnitudes. So its entry there is one word, half as much to gather as eight bytes: nibble n is twice the rank of
-the n-th magnitude. With its sign in the lowest bit, a nibble indexes a table of 8 signed bytes.
+The tables are those of the gguf package; kernels gather from a tensor behind the planes. An index that the planes keep
+whole and apart from the next is brought to its offset by a shift and a mask; that is why formats rearrange the bits of
+theirs. The numbers of an octet are of three magnitudes. So its entry there is one word, half as much to gather as eight
+bytes: nibble n is twice the rank of the n-th magnitude. With its sign in the lowest bit, a nibble indexes a table of 8
+signed bytes.
 
 The planes keep the signs of a group's four octets in one word, bit o of a nibble being that of octet o. Formats that
 store 7 signs of 8, the last making their number even, have room for 4 other bits in place of the last nibble.
@@ -127,11 +129,3 @@ def with_signs(words, signs, FIRST: tl.constexpr, INDEX: tl.constexpr):
     """Word INDEX, as an entry of a grid of 4 has it, of the half of a group whose signs begin at bit FIRST (0 or 2)."""
     ones = (signs >> (FIRST + (INDEX >> 1) + 4 * (INDEX & 1))) & 0x01010101
     return (words ^ (ones * 255)) + ones  # no byte is zero: none carries
-
-
-@triton.jit
-def quad_words(codebook, index, signs, HALF: tl.constexpr):
-    """Entries (4, R, G) of a grid of 4, those of half HALF of the group, with their signs -> (R, G, 4) words."""
-    word = tl.arange(0, 4)[:, None, None]
-    ones = (signs >> (2 * HALF + (word >> 1) + 4 * (word & 1))) & 0x01010101
-    return tl.permute((tl.load(codebook + index) ^ (ones * 255)) + ones, (1, 2, 0))  # no byte is zero: none carries
