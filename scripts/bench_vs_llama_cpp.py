@@ -32,7 +32,7 @@ from bench_tools import Spread, available_cores, environment, figure, positive, 
 
 PEER = "llama.cpp"
 PRECISIONS = ("default", "fast")
-LOGIT_TOKENS = 32
+LOGIT_TOKENS = 8
 """Few enough that the kernels of generation compute them, not those of long prompts."""
 
 NO_PEER = (

@@ -14,6 +14,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -41,14 +43,15 @@ _KINDS = {
 
 
 class Profile:
-    """Seconds and calls of each kernel; while entered, the tables of jobs are timed one by one."""
+    """Seconds and calls of each kernel."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.calls: dict[str, int] = defaultdict(int)
 
-    def watch(self) -> None:
-        """From now on, for recordings of steps as well if there is none yet."""
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Times tables of jobs one by one, those of recordings as well that are made meanwhile."""
         from trichord.cpu_fallback import jobs
 
         work_off = jobs._work_off
@@ -62,6 +65,10 @@ class Profile:
                 self.calls[name] += 1
 
         jobs._work_off = timed
+        try:
+            yield
+        finally:
+            jobs._work_off = work_off
 
     def reset(self) -> None:
         """Forget what was measured."""
@@ -93,7 +100,7 @@ def _share(spent: float, seconds: float) -> str:
     return f"{100 * spent / seconds:.1f}%"
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path, metavar="MODEL.gguf", help="the model's file")
     parser.add_argument("--synthetic", metavar="SHAPE:MIX", help="make a model up (see synthetic_model.py)")
@@ -107,7 +114,7 @@ def main() -> int:
     parser.add_argument("--generate", type=positive, default=32, metavar="N", help="steps after it (%(default)s)")
     parser.add_argument("--precision", choices=PRECISIONS, default="default", help="of activations (%(default)s)")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (those of the machine)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if (options.model is None) == (options.synthetic is None):
         parser.error("name either a model's file or --synthetic SHAPE:MIX")
     try:
@@ -124,19 +131,19 @@ def main() -> int:
 
 def _profile(model: Path, options: argparse.Namespace) -> None:
     llm = LLM(model, device="cpu", precision=options.precision, threads=options.threads, progress=False)
-    profile = Profile()
-    profile.watch()
-    vocabulary = llm.file.tensors["token_embd.weight"].shape[0]
     for described in (f"{name}: {value}" for name, value in environment().items()):
         print(described)
     print(f"model: {model.name}, precision {options.precision}, {options.threads or 'all'} threads")
+    vocabulary = llm.file.tensors["token_embd.weight"].shape[0]
     context = min(options.context, llm.context_length - options.generate) // _PAGE * _PAGE
-    for seed in range(2):  # the first time, kernels are compiled and steps recorded
-        # The pages of a prompt are kept: the second time only its last token is computed.
-        prompt = prompt_ids(context + 1, vocabulary, seed)
-        prompt_seconds = _timed(llm, prompt, 1, profile)
-        of_prompt = profile.render(prompt_seconds, 1)
-        seconds = _timed(llm, prompt, options.generate, profile)
+    profile = Profile()
+    with profile.watching():
+        for seed in range(2):  # the first time, kernels are compiled and steps recorded
+            # The pages of a prompt are kept: the second time only its last token is computed.
+            prompt = prompt_ids(context + 1, vocabulary, seed)
+            prompt_seconds = _timed(llm, prompt, 1, profile)
+            of_prompt = profile.render(prompt_seconds, 1)
+            seconds = _timed(llm, prompt, options.generate, profile)
     print(f"\n## A prompt of {context + 1} tokens: {context / prompt_seconds:.1f} tokens/s\n\n{of_prompt}")
     of_step = profile.render(seconds, options.generate)
     print(f"\n## A token after it: {options.generate / seconds:.1f} tokens/s\n\n{of_step}")

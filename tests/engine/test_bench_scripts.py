@@ -20,6 +20,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import bench_throughput
 import bench_vs_llama_cpp
+import profile_cpu
 from bench_engines import EngineError, EngineProcess, LlamaBench, prompt_ids
 from bench_tools import Spread, figure, table
 from synthetic_model import SHAPES, tensor_formats, write_synthetic_model
@@ -188,3 +189,16 @@ def test_an_engine_that_fails_says_why(tmp_path: Path) -> None:
         EngineProcess(sys.executable, "trichord", model=str(tmp_path / "missing.gguf"), threads=1)
     with pytest.raises(EngineError, match="cannot be started"):
         EngineProcess(str(tmp_path / "python"), "trichord", model="model.gguf")
+
+
+def test_a_profile_accounts_for_the_whole_time(tiny_f32: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("numba")
+    assert profile_cpu.main([str(tiny_f32), "--context", "64", "--generate", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "A prompt of 65 tokens" in printed
+    for part in printed.split("## ")[1:]:
+        rows = [line.split("|")[1:-1] for line in part.split("\n\n")[1].splitlines()[2:]]
+        shares = {name.strip(): float(share.strip().rstrip("%")) for name, _, share in rows}
+        assert sum(shares.values()) == pytest.approx(100, abs=0.5)
+        assert min(shares.values()) >= 0
+    assert {"products", "attention", "norms", "rounding of activations"} <= set(shares)  # of a step, all of it kernels
