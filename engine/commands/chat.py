@@ -15,7 +15,7 @@ from trichord.commands import options as shared
 from trichord.errors import RequestError, TrichordError
 from trichord.hub import find_model
 from trichord.template_presets import PRESETS
-from trichord.terminal import printable, rate
+from trichord.terminal import interruptible, printable, rate
 
 if TYPE_CHECKING:
     from trichord.chat_session import ChatSession
@@ -132,7 +132,7 @@ class _Conversation:
         on_terminal = sys.stdout.isatty()
         with contextlib.closing(self.session.ask(text)) as pieces:
             try:
-                for piece in pieces:
+                for piece in interruptible(pieces):
                     print(printable(piece) if on_terminal else piece, end="", flush=True)
             except KeyboardInterrupt:
                 if not self._interactive:

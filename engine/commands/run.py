@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from trichord.commands import options as shared
 from trichord.errors import RequestError
 from trichord.hub import find_model, names_model
-from trichord.terminal import printable, rate
+from trichord.terminal import interruptible, printable, rate
 
 if TYPE_CHECKING:
     from trichord.llm import LLM, TextStream
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     if on_terminal:
         print(f"\x1b[2m{printable(prompt)}\x1b[22m", end="", flush=True)
     try:
-        for piece in stream:
+        for piece in interruptible(stream):
             print(printable(piece) if on_terminal else piece, end="", flush=True)
     except KeyboardInterrupt:
         stream.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -236,3 +237,23 @@ def test_ctrl_c_stops_with_a_summary_and_no_traceback(path):
     _, errors = process.communicate(timeout=60)
     assert b"Traceback" not in errors and b"generation" in errors
     assert process.returncode in (0, 130)  # 0: it had reached the context's end already
+
+
+def test_an_interrupt_that_is_lost_on_its_way_ends_the_text_all_the_same():
+    import signal
+
+    from trichord.terminal import interruptible
+
+    def pieces():
+        for number in range(5):
+            if number == 2:
+                with contextlib.suppress(KeyboardInterrupt):  # as a callback's exceptions are
+                    signal.raise_signal(signal.SIGINT)
+            yield str(number)
+
+    seen, before = [], signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        for piece in interruptible(pieces()):
+            seen.append(piece)
+    assert seen == ["0", "1", "2"]
+    assert signal.getsignal(signal.SIGINT) is before
