@@ -95,9 +95,8 @@ class _Tile:
         """The kernel's body, for at most TILE_ROWS rows."""
         builder, emitter = self.builder, self.emitter
         count = builder.sub(last, first)
-        rows = builder.and_(
-            builder.add(count, I64(self.rows - 1)), I64(-self.rows)
-        )  # past the last one, it is repeated
+        # In whole runs of self.rows: past the last row, it is repeated.
+        rows = builder.and_(builder.add(count, I64(self.rows - 1)), I64(-self.rows))
         chunks = builder.udiv(self.job["columns"], I64(self.weights))
         together = PANEL_COLUMNS // self.weights
         turns = builder.udiv(builder.add(self.job["tokens"], I64(_TOKENS - 1)), I64(_TOKENS))
