@@ -288,8 +288,8 @@ def run(jobs: list[Job] | np.ndarray, *memory: object) -> None:
     """Work off the jobs, a list or the rows of an int64 array. A recording keeps `memory` that they point into."""
     if isinstance(jobs, list):
         jobs = np.array(jobs, np.int64)
-    if recording():
-        _recorder.take(jobs, *memory)
+    if recorder := recording():
+        recorder.take(jobs, *memory)
     if _products(jobs) < _WORTH_HELP:
         _work(jobs, np.zeros(1, np.int64))
     else:
@@ -324,19 +324,17 @@ class Unrecordable(Exception):
     """A computation does what a recording cannot do again."""
 
 
-_recorder: Any = None
-_recording_thread = 0
+_local = threading.local()
 
 
 def record(recorder: Any) -> None:
     """From now on `recorder.take` gets this thread's tables; None: no longer."""
-    global _recorder, _recording_thread
-    _recorder, _recording_thread = recorder, threading.get_ident()
+    _local.recorder = recorder
 
 
-def recording() -> bool:
-    """Whether this thread's jobs are being recorded."""
-    return _recorder is not None and _recording_thread == threading.get_ident()
+def recording() -> Any:
+    """The recorder of this thread's jobs; None where they are not being recorded."""
+    return getattr(_local, "recorder", None)
 
 
 def repeat(work: Callable[[], None]) -> None:
@@ -344,10 +342,10 @@ def repeat(work: Callable[[], None]) -> None:
 
     It must write its results to memory that was there before, and read what it needs from such.
     """
-    if not recording():
+    recorder = recording()
+    if recorder is None:
         work()
         return
-    recorder = _recorder
     recorder.take_work(work)
     record(None)  # what the work runs is its own
     try:

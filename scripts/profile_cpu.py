@@ -3,8 +3,9 @@
     python scripts/profile_cpu.py model.gguf --context 2048 --generate 32
     python scripts/profile_cpu.py --synthetic tinyllama-1.1b:Q4_K_M --threads 2
 
-First a prompt that fills the context is profiled, then steps of one token behind it. Every table of jobs is timed by
-itself, which costs some microseconds each; what is left of the wall time is Python, torch and sampling.
+First a prompt is profiled, of whole pages of the cache, then steps of one token behind it. Every table of jobs that is
+worth threads is timed by itself, and in recorded steps every one, which costs some microseconds each; what is left of
+the wall time is Python, torch, sampling and jobs smaller than that.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from bench_tools import environment, figure, positive, table
 
 from trichord import LLM, SamplingParams, TrichordError
 from trichord.dispatch import PRECISIONS
+from trichord.errors import RequestError
 
 _PAGE = 64
 """Positions of a page of the cache."""
@@ -135,7 +137,12 @@ def _profile(model: Path, options: argparse.Namespace) -> None:
         print(described)
     print(f"model: {model.name}, precision {options.precision}, {options.threads or 'all'} threads")
     vocabulary = llm.file.tensors["token_embd.weight"].shape[0]
-    context = min(options.context, llm.context_length - options.generate) // _PAGE * _PAGE
+    context = min(options.context, llm.context_length - options.generate - 1) // _PAGE * _PAGE
+    if context < _PAGE:
+        raise RequestError(
+            f"A prompt of {_PAGE} tokens is the least, and the context of {llm.context_length} must hold "
+            f"--generate {options.generate} behind it."
+        )
     profile = Profile()
     with profile.watching():
         for seed in range(2):  # the first time, kernels are compiled and steps recorded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 
 import pytest
 import torch
@@ -67,6 +68,27 @@ def test_a_recording_routes_anew(weight):
             results.append(replay().clone())
             assert torch.equal(results[-1], compute())
         assert not torch.equal(results[0], results[1])
+
+
+def test_threads_record_beside_each_other():
+    """A recording that begins and ends in another thread leaves this thread's alone."""
+    x, y = torch.ones(4), torch.ones(4)
+
+    def record_another():
+        with torch.inference_mode():
+            capture(lambda: y * 3, nothing)
+
+    def compute():
+        doubled = x * 2
+        other = threading.Thread(target=record_another)
+        other.start()
+        other.join()
+        return doubled + 1
+
+    with torch.inference_mode():
+        replay = capture(compute, nothing)
+        x.fill_(5.0)
+        assert torch.equal(replay(), torch.full((4,), 11.0))
 
 
 @pytest.mark.parametrize(

@@ -202,3 +202,5 @@ def test_a_profile_accounts_for_the_whole_time(tiny_f32: Path, capsys: pytest.Ca
         assert sum(shares.values()) == pytest.approx(100, abs=0.5)
         assert min(shares.values()) >= 0
     assert {"products", "attention", "norms", "rounding of activations"} <= set(shares)  # of a step, all of it kernels
+    assert profile_cpu.main([str(tiny_f32), "--generate", "100000"]) == 1
+    assert "must hold --generate 100000" in capsys.readouterr().err
