@@ -240,8 +240,6 @@ def test_ctrl_c_stops_with_a_summary_and_no_traceback(path):
 
 
 def test_an_interrupt_that_is_lost_on_its_way_ends_the_text_all_the_same():
-    import signal
-
     from trichord.terminal import interruptible
 
     def pieces():
