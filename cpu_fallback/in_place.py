@@ -156,5 +156,5 @@ def _fill(jobs, templates, kernels, pairs, starts, counts):  # type: ignore[no-u
 def decode(data: torch.Tensor, format: WeightFormat, values: torch.Tensor) -> None:
     """Packed rows (R, row_bytes) uint8 -> values (R, columns) float32; columns in whole groups of 32."""
     job = _template(data.data_ptr(), data.stride(0), *values.shape)
-    job = job._replace(kernel=dequantize_kernel(format), y=values.data_ptr(), y_stride=values.stride(0))
-    run([job._replace(chunk_rows=max(1, _CHUNK_WEIGHTS[0] // job.columns))])
+    chunk_rows, kernel = max(1, _CHUNK_WEIGHTS[0] // job.columns), dequantize_kernel(format)
+    run([job._replace(kernel=kernel, chunk_rows=chunk_rows, y=values.data_ptr(), y_stride=values.stride(0))])

@@ -206,8 +206,7 @@ class _Dot(_Rows):
         run = builder.sub(last, first)
         with emitter.loop(I64(0), builder.udiv(builder.add(run, I64(_SPAN - 1)), I64(_SPAN))) as span:
             begin = builder.add(first, builder.mul(span, I64(_SPAN)))
-            end = builder.add(begin, I64(_SPAN))
-            end = builder.select(builder.icmp_signed("<", end, last), end, last)
+            end = emitter.least(builder.add(begin, I64(_SPAN)), last)
             for work in (self.scale, self.multiply):
                 with emitter.loop(begin, end) as i:
                     pointer = emitter.move(start, builder.mul(i, I64(joined * size)))
